@@ -1,0 +1,21 @@
+"""Tensor kernels for mixtures of experts: one op per name, a reference and fast backends each.
+
+`gk.<op>(...)` runs the first backend that can; `backend=` names one, which runs or raises its
+reason. `gk.ops` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
+"""
+
+from gose_kernels import native, profiling
+from gose_kernels.ops.combine import combine
+from gose_kernels.registry import OPS as ops
+from gose_kernels.registry import Backend, Cost, Op, explain
+
+__all__ = [
+    "Backend",
+    "Cost",
+    "Op",
+    "combine",
+    "explain",
+    "native",
+    "ops",
+    "profiling",
+]

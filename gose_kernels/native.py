@@ -1,0 +1,45 @@
+"""The compiled library: loaded once, or the reason it is not."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_LIBRARY_PATH = Path(__file__).parent / "libgose_kernels.so"
+
+
+@cache
+def why_not() -> str | None:
+    """Why there are no compiled kernels in this process, or None once they are loaded."""
+    if not _LIBRARY_PATH.exists():
+        return (
+            f"no compiled kernels ({_LIBRARY_PATH.name} is missing); "
+            "install a C++ compiler and reinstall, or pass backend='torch'"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY_PATH))
+    except OSError as error:
+        return f"{_LIBRARY_PATH.name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+@cache
+def why_not_cuda() -> str | None:
+    """Why the compiled library has no CUDA kernels, or None; needs why_not() to be None."""
+    if why_not() is not None:
+        return why_not()
+    if not torch.ops.gose_native.built_with_cuda():
+        return "the compiled library was built without CUDA; build with nvcc and GOSE_CUDA=1"
+    return None
+
+
+def cpu_levels() -> list[str]:
+    """Instruction-set levels this machine and build can run, best first; [] without a library."""
+    return [] if why_not() is not None else torch.ops.gose_native.cpu_levels().split()
+
+
+def cpu_level() -> str | None:
+    """The level in use: the best, capped by GOSE_ISA; None without a library."""
+    return None if why_not() is not None else torch.ops.gose_native.cpu_level()

@@ -1,0 +1,1 @@
+"""One file per op: contract, reference, fake, autograd, registration."""

@@ -1,0 +1,100 @@
+"""Counts of what ran: calls, tokens, bytes, FLOPs and seconds per op and backend."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gose_kernels import registry
+
+
+@dataclass
+class Count:
+    """What one op did on one backend; bytes and FLOPs are the op's declared cost.
+
+    wall_seconds excludes ops called from inside (host time: a GPU backend's launches, not kernels).
+    """
+
+    calls: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    flops: int = 0
+    wall_seconds: float = 0.0
+
+
+class Counts:
+    """The table filled while `record` is active: (op name, backend name) -> Count."""
+
+    def __init__(self, *, trace: bool) -> None:
+        self.table: dict[tuple[str, str], Count] = {}
+        self._inner_seconds = [0.0]
+        self._nvtx: Any = None
+        self._trace = trace
+        if trace and torch.cuda.is_available() and importlib.util.find_spec("nvtx"):
+            self._nvtx = importlib.import_module("nvtx")
+
+    def call(
+        self,
+        op: registry.Op,
+        backend: registry.Backend,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Any:
+        """Run the call, add it to the table, mark its range for torch's profiler and nvtx."""
+        count = self.table.setdefault((op.name, backend.name), Count())
+        cost = op.cost(*args, **options) if op.cost is not None else registry.Cost(0, 0, 0)
+        self._inner_seconds.append(0.0)
+        start = time.perf_counter()
+        try:
+            result = self._run(f"gose::{op.name}[{backend.name}]", backend, args, options)
+        finally:
+            elapsed = time.perf_counter() - start
+            inner = self._inner_seconds.pop()
+            self._inner_seconds[-1] += elapsed
+        count.calls += 1
+        count.tokens += cost.tokens
+        count.bytes += cost.bytes
+        count.flops += cost.flops
+        count.wall_seconds += elapsed - inner
+        return result
+
+    def _run(
+        self,
+        label: str,
+        backend: registry.Backend,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Any:
+        if not self._trace:
+            return backend.run(*args, **options)
+        with torch.profiler.record_function(label):
+            if self._nvtx is None:
+                return backend.run(*args, **options)
+            with self._nvtx.annotate(label, domain="gose"):
+                return backend.run(*args, **options)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds inside gose ops, each moment counted once."""
+        return sum(c.wall_seconds for c in self.table.values())
+
+
+@contextmanager
+def record(*, trace: bool = False) -> Iterator[Counts]:
+    """Counts of every op called inside the block, in this process.
+
+    trace=True also emits record_function ranges (torch.profiler shows them) and, on a GPU with the
+    package nvtx, nvtx ranges in the domain "gose". Blocks nest: the innermost one counts.
+    """
+    counts = Counts(trace=trace)
+    registry.observers.append(counts)
+    try:
+        yield counts
+    finally:
+        registry.observers.remove(counts)

@@ -1,0 +1,380 @@
+"""Ops with several implementations, and the pure choice between them.
+
+An op is registered once: schema, backends side by side (fastest first, the plain-torch reference
+last), fake, autograd. `torch.ops.gose.<name>` and `gose_kernels.<name>` are the same op; the latter
+enters the chosen backend directly when nothing (autograd, autocast, a dispatch mode, a tensor
+subclass, torch.compile) needs torch's dispatcher. A library call costs about 3 us a trip.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from gose_kernels import native as native_library
+
+_LIBRARY = torch.library.Library("gose", "DEF")
+
+
+class Cost(NamedTuple):
+    """Declared work of one call: rows of work, bytes read plus written once, 2 * multiply-adds."""
+
+    tokens: int
+    bytes: int
+    flops: int
+
+
+class Backend(NamedTuple):
+    """One implementation of an op; `why_not` gives the reason a call cannot run here, or None."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+class Observer(Protocol):
+    """What `profiling.record` installs: it runs every call and keeps what it saw."""
+
+    def call(
+        self, op: Op, backend: Backend, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any: ...
+
+
+# Filled and emptied by the context manager profiling.record() only.
+observers: list[Observer] = []
+
+OPS: dict[str, Op] = {}
+
+
+def _tensors(args: Sequence[object]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found.extend(t for t in a if isinstance(t, Tensor))
+    return found
+
+
+def _first_float(args: Sequence[object]) -> torch.dtype | None:
+    return next((t.dtype for t in _tensors(args) if t.is_floating_point()), None)
+
+
+def _dtype_reason(args: Sequence[object], dtypes: tuple[torch.dtype, ...]) -> str | None:
+    dtype = _first_float(args)
+    if dtypes and dtype is not None and dtype not in dtypes:
+        wanted = " | ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return f"takes {wanted}, got {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _device_reason(args: Sequence[object], device: str) -> str | None:
+    for t in _tensors(args):
+        if t.device.type != device:
+            return f"takes tensors on {device}, got one on {t.device.type}"
+    return None
+
+
+def cuda_reason() -> str | None:
+    """Why CUDA kernels cannot run in this process, or None."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "no CUDA device or driver is visible to torch"
+    return None
+
+
+def triton_interprets() -> bool:
+    """True when Triton kernels run on CPU tensors through Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _triton_reason(args: Sequence[object]) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install 'gose[gpu]'"
+    if triton_interprets():
+        return _device_reason(args, "cpu")
+    if (reason := _device_reason(args, "cuda")) is not None:
+        return reason
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA or ROCm"
+    return None if torch.cuda.is_available() else "no GPU or driver is visible to torch"
+
+
+def reference(run: Callable[..., Any]) -> Backend:
+    """The backend `torch`: the op's specification in plain torch, on every device and dtype."""
+    return Backend("torch", run, lambda *_args, **_options: None)
+
+
+def native(
+    device: Literal["cpu", "cuda"],
+    op: str,
+    *dtypes: torch.dtype,
+    unless: Callable[..., str | None] | None = None,
+) -> Backend:
+    """The compiled kernel `torch.ops.gose_native.<op>` on one device.
+
+    Takes every argument in schema order. `dtypes` limits the first floating-point tensor argument;
+    `unless(*args, **options)` refuses a call with a reason.
+    """
+
+    def why_not(*args: Any, **options: Any) -> str | None:
+        reason = _device_reason(args, device) or native_library.why_not()
+        if reason is None and device == "cuda":
+            reason = native_library.why_not_cuda() or cuda_reason()
+        return (
+            reason
+            or _dtype_reason(args, dtypes)
+            or (unless(*args, **options) if unless is not None else None)
+        )
+
+    # The overload is looked up once; before the library is loaded there is none.
+    found: list[Any] = []
+
+    def run(*args: Any, **options: Any) -> Any:
+        if not found:
+            found.append(getattr(torch.ops.gose_native, op).default)
+        return found[0](*args, *options.values())
+
+    return Backend(device, run, why_not)
+
+
+def triton(
+    module: str,
+    op: str,
+    *dtypes: torch.dtype,
+    unless: Callable[..., str | None] | None = None,
+) -> Backend:
+    """The launcher `gose_kernels.triton.<module>.<op>`, imported when first run."""
+
+    def why_not(*args: Any, **options: Any) -> str | None:
+        return (
+            _triton_reason(args)
+            or _dtype_reason(args, dtypes)
+            or (unless(*args, **options) if unless is not None else None)
+        )
+
+    def run(*args: Any, **options: Any) -> Any:
+        launcher = getattr(importlib.import_module(f"gose_kernels.triton.{module}"), op)
+        return launcher(*args, **options)
+
+    return Backend("triton", run, why_not)
+
+
+def _needs_dispatcher(args: Sequence[object], casts: bool) -> bool:
+    """Whether autograd, autocast, a mode, a transform or a tensor subclass must see the call."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    if torch._C._functorch.maybe_current_level() is not None:
+        return True
+    grad = torch.is_grad_enabled()
+    for t in _tensors(args):
+        if (grad and t.requires_grad) or type(t) not in (Tensor, torch.nn.Parameter):
+            return True
+        if casts and torch.is_autocast_enabled(t.device.type):
+            return True
+    return False
+
+
+class Op:
+    """A named op: call it, ask what would run (`pick`) and why others would not (`reasons`)."""
+
+    def __init__(
+        self,
+        schema: str,
+        backends: tuple[Backend, ...],
+        cost: Callable[..., Cost] | None,
+        example: Callable[[torch.device, torch.dtype], tuple[Any, ...]] | None,
+        autocast: tuple[str, ...],
+    ) -> None:
+        self.name = schema[: schema.index("(")]
+        self.schema = schema
+        self.backends = backends
+        self.cost = cost
+        self.example = example
+        _LIBRARY.define(schema)
+        self.overload = getattr(torch.ops.gose, self.name).default
+        arguments = self.overload._schema.arguments
+        self._positional = [a for a in arguments if not a.kwarg_only]
+        self._options = {
+            a.name: a.default_value for a in arguments if a.kwarg_only and a.name != "backend"
+        }
+        self._required = [
+            a.name for a in arguments if a.kwarg_only and not a.has_default_value()
+        ]
+        self._casts = bool(autocast)
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}: {', '.join(b.name for b in self.backends)}>"
+
+    def _bind(
+        self, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], str | None]:
+        """(positional args, keyword-only options, backend) with defaults, in schema order."""
+        options = dict(options)
+        backend = options.pop("backend", None)
+        if len(args) > len(self._positional):
+            raise TypeError(
+                f"{self.name}: takes {len(self._positional)} positional arguments, got {len(args)}"
+            )
+        positional = list(args)
+        for a in self._positional[len(args) :]:
+            if a.name in options:
+                positional.append(options.pop(a.name))
+            elif a.has_default_value():
+                positional.append(a.default_value)
+            else:
+                raise TypeError(f"{self.name}: argument {a.name!r} is missing")
+        if missing := [name for name in self._required if name not in options]:
+            raise TypeError(f"{self.name}: option {missing[0]!r} is missing")
+        if unknown := [name for name in options if name not in self._options]:
+            raise TypeError(
+                f"{self.name}: no argument named {unknown[0]!r}; the schema is {self.schema}"
+            )
+        return tuple(positional), {**self._options, **options}, backend
+
+    def reasons(self, *args: Any, **options: Any) -> dict[str, str | None]:
+        """Backend name -> why it cannot run this call (None: it can), fastest first."""
+        bound, bound_options, _ = self._bind(args, options)
+        return {b.name: b.why_not(*bound, **bound_options) for b in self.backends}
+
+    def pick(self, *args: Any, backend: str | None = None, **options: Any) -> Backend:
+        """First backend that can run the bound call; a named one runs or raises its reason."""
+        refused = []
+        for b in self.backends:
+            if backend in (None, b.name):
+                if (reason := b.why_not(*args, **options)) is None:
+                    return b
+                refused.append(f"  {b.name}: {reason}")
+        if not refused:
+            known = ", ".join(b.name for b in self.backends)
+            raise ValueError(f"{self.name}: no backend named {backend!r}; there are: {known}")
+        raise ValueError(
+            f"{self.name}: backend {backend!r} cannot run this call\n" + "\n".join(refused)
+        )
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        """The call below autograd, autocast and torch's dispatcher."""
+        bound, bound_options, backend = self._bind(args, options)
+        picked = self.pick(*bound, backend=backend, **bound_options)
+        if observers:
+            return observers[-1].call(self, picked, bound, bound_options)
+        return picked.run(*bound, **bound_options)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or _needs_dispatcher(
+            [*args, *options.values()], self._casts
+        ):
+            return self.overload(*args, **options)
+        return self.run(*args, **options)
+
+
+def _register_autocast(op: Op, names: tuple[str, ...]) -> None:
+    """Cast the named floating-point arguments to autocast's dtype, leave the others alone."""
+    names_at = [a.name in names for a in op._positional]
+
+    def install(device: str) -> None:
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+        keys = torch._C.DispatchKeySet(key)
+
+        def cast(value: Any) -> Any:
+            # float64 is what gradient checks run in; autocast leaves it alone, as torch's own ops do.
+            if isinstance(value, Tensor) and value.is_floating_point():
+                if value.dtype != torch.float64 and value.device.type == device:
+                    return value.to(torch.get_autocast_dtype(device))
+            return value
+
+        @op.overload.py_impl(key)  # type: ignore[untyped-decorator]
+        def with_casts(*args: Any, **options: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                chosen = [
+                    cast(a) if named else a for a, named in zip(args, names_at, strict=False)
+                ]
+                options = {k: cast(v) if k in names else v for k, v in options.items()}
+                return op.overload(*chosen, **options)
+
+        _LIBRARY.impl(
+            op.name,
+            lambda _keys, *args, **options: with_casts(*args, **options),
+            f"Autocast{device.upper()}",
+            with_keyset=True,
+        )
+
+    for device in ("cpu", "cuda"):
+        install(device)
+
+
+def register(
+    schema: str,
+    *backends: Backend,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+    cost: Callable[..., Cost] | None = None,
+    example: Callable[[torch.device, torch.dtype], tuple[Any, ...]] | None = None,
+    autocast: tuple[str, ...] = (),
+) -> Op:
+    """The op `torch.ops.gose.<name>` with its backends, fastest first.
+
+    schema         ends in `*, ..., str? backend=None`; tensor arguments are positional
+    fake           shapes and dtypes of the outputs, called with the schema's arguments
+    setup_context, backward   in the form of torch.library.register_autograd
+    cost           Cost of a call, from its bound arguments; torch's FlopCounterMode reads it too
+    example        small valid positional inputs on a device, in a dtype, for `explain` and benches
+    autocast       names of the floating-point arguments that autocast casts
+    """
+    op = Op(schema, backends, cost, example, autocast)
+    if op.name in OPS:
+        raise ValueError(f"register: op {op.name!r} exists already")
+    qualified = f"gose::{op.name}"
+    _LIBRARY.impl(op.name, op.run, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=_LIBRARY
+        )
+    if autocast:
+        _register_autocast(op, autocast)
+    if cost is not None:
+
+        def flops(*args: Any, out_val: Any = None, **options: Any) -> int:
+            bound, bound_options, _ = op._bind(args, options)
+            return cost(*bound, **bound_options).flops
+
+        register_flop_formula(op.overload.overloadpacket, get_raw=True)(flops)
+    OPS[op.name] = op
+    return op
+
+
+class Row(NamedTuple):
+    """One line of `explain`: a backend, whether it is the one chosen, why it cannot run."""
+
+    backend: str
+    chosen: bool
+    reason: str | None
+
+
+def explain(
+    name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Row]:
+    """What would run op `name` on example inputs of a device and dtype, fastest first.
+
+    Devices that are not here are imitated by fake tensors: nothing is allocated on them.
+    Raises ValueError for an unknown op or an op without example inputs.
+    """
+    if name not in OPS:
+        raise ValueError(f"explain: no op named {name!r}; ops: {', '.join(sorted(OPS))}")
+    op = OPS[name]
+    if op.example is None:
+        raise ValueError(f"explain: op {name!r} has no example inputs")
+    with torch._subclasses.FakeTensorMode():
+        args = op.example(torch.device(device), dtype)
+        reasons = op.reasons(*args)
+    chosen = next((b for b, reason in reasons.items() if reason is None), None)
+    return [Row(b, b == chosen, reason) for b, reason in reasons.items()]

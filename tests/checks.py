@@ -1,0 +1,60 @@
+"""What every op's tests share: the error rule, and the backends that can run here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import gose_kernels as gk
+
+# Per element: |error| <= a * |truth| + b * rms(truth), or the same-dtype reference's own error if
+# that is larger (it pays for the dtype, not for the kernel).
+_RULE = {
+    torch.bfloat16: (2.0**-8, 2.0**-9),
+    torch.float16: (2.0**-11, 2.0**-12),
+    torch.float32: (0.0, 1e-6),
+    torch.float64: (0.0, 1e-14),
+}
+
+
+def assert_close_to_truth(got: Tensor, same_dtype_reference: Tensor, truth: Tensor) -> None:
+    """The error rule: `truth` is the float64 reference, dtypes and shapes must agree exactly.
+
+    Elements that the truth has as NaN or infinite must be the same in `got`.
+    """
+    assert got.dtype == same_dtype_reference.dtype
+    assert got.shape == truth.shape
+    if truth.numel() == 0:
+        return
+    error_of_truth, error_of_rms = _RULE[got.dtype]
+    got, same_dtype_reference = got.double().cpu(), same_dtype_reference.double().cpu()
+    truth = truth.double().cpu()
+    finite = truth.isfinite()
+    torch.testing.assert_close(got[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True)
+    truth = truth[finite]
+    if truth.numel() == 0:
+        return
+    got, same_dtype_reference = got[finite], same_dtype_reference[finite]
+    rms = truth.square().mean().sqrt()
+    allowed = (same_dtype_reference - truth).abs().nan_to_num(0.0, 0.0, 0.0)
+    allowed = allowed.maximum(error_of_truth * truth.abs() + error_of_rms * rms) + 1e-300
+    error = (got - truth).abs()
+    worst = int((error / allowed).argmax())
+    assert bool((error <= allowed).all()), (
+        f"element {worst}: got {got[worst]:.9g}, truth {truth[worst]:.9g}, "
+        f"error {error[worst]:.3g} > allowed {allowed[worst]:.3g}"
+    )
+
+
+def backends_of(name: str) -> Iterator[object]:
+    """Every backend of op `name` as a pytest parameter; one that cannot run on CPU tensors here is
+    skipped with its reason."""
+    op = gk.ops[name]
+    assert op.example is not None
+    args = op.example(torch.device("cpu"), torch.float32)
+    for backend, reason in op.reasons(*args).items():
+        marks = [] if reason is None else [pytest.mark.skip(reason=f"{name} on {backend}: {reason}")]
+        yield pytest.param(backend, marks=marks, id=backend)
