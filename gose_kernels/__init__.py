@@ -6,6 +6,8 @@ reason. `gk.ops` maps names to ops, `gk.explain(name)` tells what would run and 
 
 from gose_kernels import native, profiling
 from gose_kernels.ops.combine import combine
+from gose_kernels.ops.dispatch import dispatch
+from gose_kernels.ops.entropy import entropy
 from gose_kernels.registry import OPS as ops
 from gose_kernels.registry import Backend, Cost, Op, explain
 
@@ -14,6 +16,8 @@ __all__ = [
     "Cost",
     "Op",
     "combine",
+    "dispatch",
+    "entropy",
     "explain",
     "native",
     "ops",
