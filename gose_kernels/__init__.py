@@ -8,6 +8,8 @@ from gose_kernels import native, profiling
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.entropy import entropy
+from gose_kernels.ops.grouped_gemm import grouped_gemm
+from gose_kernels.ops.squared_grad import squared_grad
 from gose_kernels.registry import OPS as ops
 from gose_kernels.registry import Backend, Cost, Op, explain
 
@@ -19,7 +21,9 @@ __all__ = [
     "dispatch",
     "entropy",
     "explain",
+    "grouped_gemm",
     "native",
     "ops",
     "profiling",
+    "squared_grad",
 ]
