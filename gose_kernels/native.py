@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -35,11 +36,27 @@ def why_not_cuda() -> str | None:
     return None
 
 
+def reraise(error: RuntimeError) -> NoReturn:
+    """The library's argument errors as ValueError; torch's stable ABI knows RuntimeError alone."""
+    message = str(error).split("\n")[0]
+    if message.startswith("ValueError: "):
+        raise ValueError(message.removeprefix("ValueError: ")) from None
+    raise error
+
+
 def cpu_levels() -> list[str]:
     """Instruction-set levels this machine and build can run, best first; [] without a library."""
-    return [] if why_not() is not None else torch.ops.gose_native.cpu_levels().split()
+    return [] if why_not() is not None else str(torch.ops.gose_native.cpu_levels()).split()
 
 
 def cpu_level() -> str | None:
-    """The level in use: the best, capped by GOSE_ISA; None without a library."""
-    return None if why_not() is not None else torch.ops.gose_native.cpu_level()
+    """The level in use: the best, capped by GOSE_ISA; None without a library.
+
+    Raises ValueError if GOSE_ISA names no level.
+    """
+    if why_not() is not None:
+        return None
+    try:
+        return str(torch.ops.gose_native.cpu_level())
+    except RuntimeError as error:
+        reraise(error)

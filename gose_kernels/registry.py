@@ -140,7 +140,10 @@ def native(
     def run(*args: Any, **options: Any) -> Any:
         if not found:
             found.append(getattr(torch.ops.gose_native, op).default)
-        return found[0](*args, *options.values())
+        try:
+            return found[0](*args, *options.values())
+        except RuntimeError as error:
+            native_library.reraise(error)
 
     return Backend(device, run, why_not)
 

@@ -1,0 +1,14 @@
+// Launchers of the CUDA kernels: they trust the params, queue work on `stream` and return the error
+// of the launch. Nothing here waits for the device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "params.h"
+
+namespace gose::cuda {
+
+cudaError_t combine(const CombineParams& p, cudaStream_t stream);
+cudaError_t combine_backward(const CombineBackwardParams& p, cudaStream_t stream);
+
+}  // namespace gose::cuda

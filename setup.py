@@ -1,0 +1,220 @@
+"""Builds csrc/ into gose_kernels/libgose_kernels.so: one library without Python symbols, on torch's
+stable ABI. All else about the package stands in pyproject.toml.
+
+GOSE_NATIVE=1  a missing compiler or missing torch headers is an error (default: the package installs
+               without compiled kernels and `gose doctor` says so); GOSE_NATIVE=0 does not compile
+GOSE_CUDA=0|1  without, with CUDA kernels (default: with them when nvcc is found)
+TORCH_CUDA_ARCH_LIST  CUDA architectures, default "8.0;9.0a;10.0a+PTX"
+A compiler that fails is an error in every case.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11: the oldest that the library loads in
+
+# Flags of the instruction-set levels. FP contraction is GCC's default: fused where the level can.
+LEVELS: dict[str, list[str]] = {"portable": []}
+if sysconfig.get_platform().endswith("x86_64"):
+    LEVELS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+    LEVELS["avx512"] = [
+        *LEVELS["avx2"],
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+    ]
+COMPILED_ONCE = {"isa.cpp"}
+
+
+def find_torch() -> Path | None:
+    """torch's folder, without importing it; also that of the environment around an isolated build:
+    any torch that is new enough serves, so nothing needs to be downloaded to compile."""
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent
+    for name in ("purelib", "platlib"):
+        folder = Path(sysconfig.get_path(name)) / "torch"
+        if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+            return folder
+    return None
+
+
+def find_compiler() -> str | None:
+    return next(
+        (c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None
+    )
+
+
+def find_cuda_home() -> Path | None:
+    """The toolkit's folder; nvcc on the PATH may be a wrapper script, so ask it where it lives."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).exists():
+        return None
+    report = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    for line in report.stderr.splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=")).resolve()
+    return Path(nvcc).resolve().parent.parent
+
+
+def cuda_architectures() -> list[str]:
+    """-gencode flags of TORCH_CUDA_ARCH_LIST; an entry ending in +PTX adds PTX of that entry."""
+    flags = []
+    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0a").replace(" ", ";").split(";"):
+        if not entry:
+            continue
+        number = entry.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def wants(name: str) -> bool | None:
+    value = os.environ.get(name)
+    if value not in (None, "", "0", "1"):
+        sys.exit(f"setup.py: {name} must be 0 or 1, got {value!r}")
+    return None if not value else value == "1"
+
+
+class Build(build_ext):
+    """Writes a ninja file and runs it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch, compiler = find_torch(), find_compiler()
+        ninja = shutil.which("ninja")
+        if ninja is None and (found := importlib.util.find_spec("ninja")) is not None:
+            import ninja as ninja_package
+
+            assert found is not None
+            ninja = str(Path(ninja_package.BIN_DIR) / "ninja")
+        missing = [
+            what
+            for what, found in (("torch", torch), ("a C++ compiler", compiler), ("ninja", ninja))
+            if found is None
+        ]
+        if missing:
+            text = f"gose_kernels: no compiled kernels, missing: {', '.join(missing)}"
+            if wants("GOSE_NATIVE"):
+                sys.exit(f"{text} (GOSE_NATIVE=1 makes this an error)")
+            self.warn(text)
+            return
+        assert torch is not None and compiler is not None and ninja is not None
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve() / "gose_kernels"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(self.ninja_file(torch, compiler, target))
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run(
+            [ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True
+        )
+
+    def ninja_file(self, torch: Path, compiler: str, target: Path) -> str:
+        flags = [
+            *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+            # Vectors wider than the level's registers never cross a call: all is inlined. GCC 12 warns
+            # of its own _mm512_undefined as uninitialized (GCC bug 105593).
+            *("-Wno-psabi", "-Wno-maybe-uninitialized", "-ffunction-sections"),
+            *("-DNDEBUG", f"-I{CSRC}"),
+        ]
+        torch_flags = [
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            *(f"-isystem {torch / 'include' / sub}" for sub in ("", "torch/csrc/api/include")),
+        ]
+        cuda_home = self.cuda_home()
+        if cuda_home is not None:
+            torch_flags += ["-DUSE_CUDA", "-DGOSE_WITH_CUDA", f"-isystem {cuda_home / 'include'}"]
+        objects: list[str] = []
+        lines = [
+            f"cxx = {compiler}",
+            f"flags = {' '.join(flags)}",
+            f"torch_flags = {' '.join(torch_flags)}",
+            "rule compile",
+            "  command = $cxx -MMD -MF $out.d $flags $more -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared -o $out $in $libraries",
+        ]
+
+        def compile_(source: Path, name: str, more: str) -> None:
+            objects.append(name)
+            lines.extend([f"build {name}: compile {source}", f"  more = {more}"])
+
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            if source.name in COMPILED_ONCE:
+                compile_(source, f"{source.stem}.o", "")
+                continue
+            for level, level_flags in LEVELS.items():
+                more = " ".join([f"-DGOSE_LEVEL={level}", *level_flags])
+                compile_(source, f"{source.stem}.{level}.o", more)
+        compile_(CSRC / "bind.cpp", "bind.o", "$torch_flags")
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--as-needed", "-Wl,--gc-sections"]
+        if cuda_home is not None:
+            compile_(CSRC / "bind_cuda.cpp", "bind_cuda.o", "$torch_flags")
+            lines += [
+                f"nvcc = {cuda_home / 'bin' / 'nvcc'}",
+                "rule compile_cuda",
+                f"  command = $nvcc -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings "
+                f"{' '.join(cuda_architectures())} -I{CSRC} -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+            for source in sorted((CSRC / "cuda").glob("*.cu")):
+                objects.append(f"{source.stem}.cuda.o")
+                lines.append(f"build {objects[-1]}: compile_cuda {source}")
+            # The runtime is linked in: the library loads where no CUDA is installed.
+            libraries += [
+                f"-L{cuda_home / 'lib64'}", f"-L{cuda_home / 'lib'}",
+                *("-lcudart_static", "-lrt", "-ldl", "-lpthread"),
+            ]
+        lines += [f"build {target}: link {' '.join(objects)}", f"  libraries = {' '.join(libraries)}"]
+        return "\n".join([*lines, ""])
+
+    def cuda_home(self) -> Path | None:
+        wanted = wants("GOSE_CUDA")
+        if wanted is False:
+            return None
+        home = find_cuda_home()
+        if home is None and wanted:
+            sys.exit("setup.py: GOSE_CUDA=1, but no nvcc is on the PATH or in /usr/local/cuda")
+        return home
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def get_outputs(self) -> list[str]:
+        return [f for f in super().get_outputs() if Path(f).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        built = (Path(self.build_lib) / self.get_ext_filename(e.name) for e in self.extensions)
+        if all(path.exists() for path in built):
+            super().copy_extensions_to_source()
+
+
+class Wheel(bdist_wheel):
+    """Any Python 3, this platform: the library has no Python symbols."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+native = wants("GOSE_NATIVE") is not False
+setup(
+    ext_modules=[Extension("gose_kernels.libgose_kernels", sources=[])] if native else [],
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    # Only where no torch can be found: a download that the package's own requirement needs anyway.
+    setup_requires=["torch>=2.11"] if native and find_compiler() and find_torch() is None else [],
+)
