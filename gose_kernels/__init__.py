@@ -9,6 +9,7 @@ from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.entropy import entropy
 from gose_kernels.ops.grouped_gemm import grouped_gemm
+from gose_kernels.ops.route import route
 from gose_kernels.ops.squared_grad import squared_grad
 from gose_kernels.registry import OPS as ops
 from gose_kernels.registry import Backend, Cost, Op, explain
@@ -25,5 +26,6 @@ __all__ = [
     "native",
     "ops",
     "profiling",
+    "route",
     "squared_grad",
 ]
