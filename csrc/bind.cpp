@@ -1,6 +1,6 @@
 // The CPU ops as torch.ops.gose_native.<op>: checks, allocation, threads. With bind_cuda.cpp the
 // only torch-aware C++, on torch's stable ABI: one library serves torch >= 2.11 and every Python.
-#include "bind.h"
+#include "bind_combine.h"
 
 #include <vector>
 
@@ -13,20 +13,6 @@ const cpu::Parallel kTorchThreads = {
     [](int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
       if (count > 0) STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
     }};
-
-void check_combine(const char* op, const Tensor& y, const Tensor& weight, const Tensor& row) {
-  check_dim(op, "y_ND", y, 2);
-  check_dim(op, "weight_TK", weight, 2);
-  if (row.dim() != 2 || row.size(0) != weight.size(0) || row.size(1) != weight.size(1)) {
-    refuse(op, ": row_TK must have the shape of weight_TK ", shape_of(weight), ", got ",
-           shape_of(row));
-  }
-  check_dtype(op, "row_TK", row, ScalarType::Int);
-  if (weight.scalar_type() != ScalarType::Float) {
-    refuse(op, ": weight_TK must be torch.float32 for y_ND of ", dtype_name(y.scalar_type()),
-           ", got ", dtype_name(weight.scalar_type()));
-  }
-}
 
 // Every value in [-1, N); with `once`, every row in one slot at most.
 void check_rows(const char* op, const Tensor& row, int64_t num_rows, bool once) {
@@ -45,60 +31,18 @@ void check_rows(const char* op, const Tensor& row, int64_t num_rows, bool once) 
 }
 
 Tensor combine(Tensor y_ND, Tensor weight_TK, Tensor row_TK) {
-  check_combine("combine", y_ND, weight_TK, row_TK);
-  const Tensor y = rows_contiguous(y_ND);
-  const Tensor weight = torch::stable::contiguous(weight_TK);
-  const Tensor row = torch::stable::contiguous(row_TK);
-  check_rows("combine", row, y.size(0), false);
-  Tensor out = torch::stable::new_empty(y, {weight.size(0), y.size(1)});
-  const CombineParams p = {
-      .y = y.const_data_ptr(),
-      .weight = static_cast<const float*>(weight.const_data_ptr()),
-      .row = static_cast<const int32_t*>(row.const_data_ptr()),
-      .out = out.mutable_data_ptr(),
-      .T = weight.size(0),
-      .D = y.size(1),
-      .K = weight.size(1),
-      .stride_yn = y.stride(0),
-      .dtype = float_dtype("combine", "y_ND", y),
-  };
-  cpu::kernels().combine(p, kTorchThreads);
-  return out;
+  const CombineCall call = prepare_combine(y_ND, weight_TK, row_TK);
+  check_rows("combine", call.row, call.y.size(0), false);
+  cpu::kernels().combine(call.params, kTorchThreads);
+  return call.out;
 }
 
 std::tuple<Tensor, Tensor> combine_backward(Tensor grad_TD, Tensor y_ND, Tensor weight_TK,
                                             Tensor row_TK) {
-  const char* op = "combine_backward";
-  check_combine(op, y_ND, weight_TK, row_TK);
-  check_dtype(op, "grad_TD", grad_TD, y_ND.scalar_type());
-  if (grad_TD.dim() != 2 || grad_TD.size(0) != weight_TK.size(0) ||
-      grad_TD.size(1) != y_ND.size(1)) {
-    refuse(op, ": grad_TD must have shape (", weight_TK.size(0), ", ", y_ND.size(1), "), got ",
-           shape_of(grad_TD));
-  }
-  const Tensor grad = rows_contiguous(grad_TD);
-  const Tensor y = rows_contiguous(y_ND);
-  const Tensor weight = torch::stable::contiguous(weight_TK);
-  const Tensor row = torch::stable::contiguous(row_TK);
-  check_rows(op, row, y.size(0), true);
-  Tensor grad_y = torch::stable::new_zeros(y, {y.size(0), y.size(1)});
-  Tensor grad_weight = torch::stable::new_empty(weight, {weight.size(0), weight.size(1)});
-  const CombineBackwardParams p = {
-      .grad = grad.const_data_ptr(),
-      .y = y.const_data_ptr(),
-      .weight = static_cast<const float*>(weight.const_data_ptr()),
-      .row = static_cast<const int32_t*>(row.const_data_ptr()),
-      .grad_y = grad_y.mutable_data_ptr(),
-      .grad_weight = static_cast<float*>(grad_weight.mutable_data_ptr()),
-      .T = weight.size(0),
-      .D = y.size(1),
-      .K = weight.size(1),
-      .stride_gt = grad.stride(0),
-      .stride_yn = y.stride(0),
-      .dtype = float_dtype(op, "y_ND", y),
-  };
-  cpu::kernels().combine_backward(p, kTorchThreads);
-  return {grad_y, grad_weight};
+  const CombineBackwardCall call = prepare_combine_backward(grad_TD, y_ND, weight_TK, row_TK);
+  check_rows("combine_backward", call.row, call.y.size(0), true);
+  cpu::kernels().combine_backward(call.params, kTorchThreads);
+  return {call.grad_y, call.grad_weight};
 }
 
 // Levels this CPU can run, best first, separated by blanks.

@@ -60,6 +60,13 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
   }
 }
 
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* other_name,
+                         const Tensor& other) {
+  if (t.is_cuda() != other.is_cuda() || t.get_device_index() != other.get_device_index()) {
+    refuse(op, ": ", name, " must be on the device of ", other_name);
+  }
+}
+
 inline DType float_dtype(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;

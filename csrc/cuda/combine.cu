@@ -8,7 +8,7 @@ constexpr int kThreads = 128;
 // One thread per token and kLanes columns: threadIdx.x walks columns, threadIdx.y tokens. Reads K
 // rows, writes one: memory bound, no row is shared between tokens, so no shared memory.
 template <typename Float, int kLanes>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const CombineParams p) {
+__global__ void __launch_bounds__(kThreads, 8) combine_kernel(const CombineParams p) {
   using Lanes = Vector<Float, kLanes>;
   const int64_t t = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t d = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kLanes;
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineParams p
 
 // One warp per slot: it alone reads and writes that row, and sums grad . y in a fixed order.
 template <typename Float, int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     combine_backward_kernel(const CombineBackwardParams p) {
   using Lanes = Vector<Float, kLanes>;
   const int64_t slot = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -77,8 +77,8 @@ cudaError_t launch_combine(const CombineParams& p, cudaStream_t stream) {
 
 template <typename Float>
 cudaError_t combine_as(const CombineParams& p, cudaStream_t stream) {
-  const bool wide = fits_vectors<Float>(p.y, p.stride_yn, p.D) &&
-                    fits_vectors<Float>(p.out, p.D, p.D);
+  const bool wide =
+      fits_vectors<Float>(p.y, p.stride_yn, p.D) && fits_vectors<Float>(p.out, p.D, p.D);
   return wide ? launch_combine<Float, kWidest<Float>>(p, stream)
               : launch_combine<Float, 1>(p, stream);
 }
@@ -89,9 +89,9 @@ cudaError_t combine_backward_as(const CombineBackwardParams& p, cudaStream_t str
                     fits_vectors<Float>(p.grad, p.stride_gt, p.D) &&
                     fits_vectors<Float>(p.grad_y, p.D, p.D);
   constexpr int kSlots = kThreads / kWarp;
-  return launch(wide ? &combine_backward_kernel<Float, kWidest<Float>>
-                     : &combine_backward_kernel<Float, 1>,
-                ceil_div(p.T * p.K, kSlots), 1, dim3(kWarp, kSlots), stream, p);
+  return launch(
+      wide ? &combine_backward_kernel<Float, kWidest<Float>> : &combine_backward_kernel<Float, 1>,
+      ceil_div(p.T * p.K, kSlots), 1, dim3(kWarp, kSlots), stream, p);
 }
 
 }  // namespace
@@ -99,11 +99,15 @@ cudaError_t combine_backward_as(const CombineBackwardParams& p, cudaStream_t str
 cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
   if (p.T == 0 || p.D == 0) return cudaSuccess;  // an empty grid is a launch error
   switch (p.dtype) {
-    case DType::kFloat32: return combine_as<float>(p, stream);
-    case DType::kBFloat16: return combine_as<__nv_bfloat16>(p, stream);
-    case DType::kFloat16: return combine_as<__half>(p, stream);
+    case DType::kFloat32:
+      return combine_as<float>(p, stream);
+    case DType::kBFloat16:
+      return combine_as<__nv_bfloat16>(p, stream);
+    case DType::kFloat16:
+      return combine_as<__half>(p, stream);
     case DType::kFloat64:
-    case DType::kInt32: return cudaErrorInvalidValue;
+    case DType::kInt32:
+      return cudaErrorInvalidValue;
   }
   return cudaErrorInvalidValue;
 }
@@ -111,11 +115,15 @@ cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
 cudaError_t combine_backward(const CombineBackwardParams& p, cudaStream_t stream) {
   if (p.T == 0 || p.K == 0) return cudaSuccess;  // D = 0 still writes grad_weight
   switch (p.dtype) {
-    case DType::kFloat32: return combine_backward_as<float>(p, stream);
-    case DType::kBFloat16: return combine_backward_as<__nv_bfloat16>(p, stream);
-    case DType::kFloat16: return combine_backward_as<__half>(p, stream);
+    case DType::kFloat32:
+      return combine_backward_as<float>(p, stream);
+    case DType::kBFloat16:
+      return combine_backward_as<__nv_bfloat16>(p, stream);
+    case DType::kFloat16:
+      return combine_backward_as<__half>(p, stream);
     case DType::kFloat64:
-    case DType::kInt32: return cudaErrorInvalidValue;
+    case DType::kInt32:
+      return cudaErrorInvalidValue;
   }
   return cudaErrorInvalidValue;
 }

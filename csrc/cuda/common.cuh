@@ -48,8 +48,8 @@ constexpr int kWidest = kVectorBytes / int(sizeof(Float));
 // vectors that are all aligned.
 template <typename Float>
 bool fits_vectors(const void* base, int64_t stride, int64_t width) {
-  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 &&
-         stride % kWidest<Float> == 0 && width % kWidest<Float> == 0;
+  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && stride % kWidest<Float> == 0 &&
+         width % kWidest<Float> == 0;
 }
 
 // The sum over a whole warp, the same bits in every lane and every run.
