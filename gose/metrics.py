@@ -1,9 +1,9 @@
 """Accuracy, and what an accuracy matrix says about learning one task after another.
 
-B inputs, C classes, Q tasks. acc_QQ[i, j]: accuracy on the test set of task j after training task i,
-in [0, 1]. Entries above the diagonal (tasks not yet trained) may be NaN where a metric does not read
-them. A metric that compares tasks is NaN for Q = 1: there is nothing to compare, and 0 would claim
-that nothing was forgotten.
+B inputs, C classes, Q tasks. acc_QQ[i, j]: accuracy on task j after training task i, in [0, 1].
+Entries above the diagonal (tasks not yet trained) may be NaN where a metric does not read them.
+A metric that compares tasks is NaN for Q = 1: there is nothing to compare, and 0 would claim that
+nothing was forgotten.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from gose import metrics
 
 NAN = math.nan
 
-# Task 0 falls .9 -> .6 -> .5; task 1 is .2 before, .8 when trained, .85 at the end; task 2 ends at .7.
+# Task 0 falls .9, .6, .5; task 1 has .2 before, .8 when trained, .85 at the end; task 2 ends at .7.
 BY_HAND = torch.tensor([[0.9, 0.2, 0.1], [0.6, 0.8, 0.3], [0.5, 0.85, 0.7]], dtype=torch.float64)
 INITIAL = torch.tensor([0.1, 0.15, 0.05], dtype=torch.float64)
 
