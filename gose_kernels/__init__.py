@@ -4,28 +4,46 @@
 reason. `gk.ops` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
 """
 
-from gose_kernels import native, profiling
+from gose_kernels import native, optim, philox, profiling
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.entropy import entropy
 from gose_kernels.ops.grouped_gemm import grouped_gemm
+from gose_kernels.ops.masked_update import masked_adam_, masked_lion_, masked_sgd_
+from gose_kernels.ops.quantize import (
+    FORMATS,
+    Format,
+    dequantize,
+    dequantize_add_,
+    quantize,
+)
 from gose_kernels.ops.route import route
 from gose_kernels.ops.squared_grad import squared_grad
 from gose_kernels.registry import OPS as ops
 from gose_kernels.registry import Backend, Cost, Op, explain
 
 __all__ = [
+    "FORMATS",
     "Backend",
     "Cost",
+    "Format",
     "Op",
     "combine",
+    "dequantize",
+    "dequantize_add_",
     "dispatch",
     "entropy",
     "explain",
     "grouped_gemm",
+    "masked_adam_",
+    "masked_lion_",
+    "masked_sgd_",
     "native",
     "ops",
+    "optim",
+    "philox",
     "profiling",
+    "quantize",
     "route",
     "squared_grad",
 ]
