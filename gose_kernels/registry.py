@@ -15,7 +15,6 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from gose_kernels import native as native_library
 
@@ -208,9 +207,7 @@ class Op:
         self._options = {
             a.name: a.default_value for a in arguments if a.kwarg_only and a.name != "backend"
         }
-        self._required = [
-            a.name for a in arguments if a.kwarg_only and not a.has_default_value()
-        ]
+        self._required = [a.name for a in arguments if a.kwarg_only and not a.has_default_value()]
         self._casts = bool(autocast)
 
     def __repr__(self) -> str:
@@ -246,6 +243,11 @@ class Op:
         """Backend name -> why it cannot run this call (None: it can), fastest first."""
         bound, bound_options, _ = self._bind(args, options)
         return {b.name: b.why_not(*bound, **bound_options) for b in self.backends}
+
+    def cost_of(self, *args: Any, **options: Any) -> Cost:
+        """Declared work of a call; zeros for an op that declares none."""
+        bound, bound_options, _ = self._bind(args, options)
+        return self.cost(*bound, **bound_options) if self.cost is not None else Cost(0, 0, 0)
 
     def pick(self, *args: Any, backend: str | None = None, **options: Any) -> Backend:
         """First backend that can run the bound call; a named one runs or raises its reason."""
@@ -296,9 +298,7 @@ def _register_autocast(op: Op, names: tuple[str, ...]) -> None:
         @op.overload.py_impl(key)  # type: ignore[untyped-decorator]
         def with_casts(*args: Any, **options: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                chosen = [
-                    cast(a) if named else a for a, named in zip(args, names_at, strict=False)
-                ]
+                chosen = [cast(a) if named else a for a, named in zip(args, names_at, strict=False)]
                 options = {k: cast(v) if k in names else v for k, v in options.items()}
                 return op.overload(*chosen, **options)
 
@@ -328,7 +328,7 @@ def register(
     schema         ends in `*, ..., str? backend=None`; tensor arguments are positional
     fake           shapes and dtypes of the outputs, called with the schema's arguments
     setup_context, backward   in the form of torch.library.register_autograd
-    cost           Cost of a call, from its bound arguments; torch's FlopCounterMode reads it too
+    cost           Cost of a call, from its bound arguments
     example        small valid positional inputs on a device, in a dtype, for `explain` and benches
     autocast       names of the floating-point arguments that autocast casts
     """
@@ -344,13 +344,6 @@ def register(
         )
     if autocast:
         _register_autocast(op, autocast)
-    if cost is not None:
-
-        def flops(*args: Any, out_val: Any = None, **options: Any) -> int:
-            bound, bound_options, _ = op._bind(args, options)
-            return cost(*bound, **bound_options).flops
-
-        register_flop_formula(op.overload.overloadpacket, get_raw=True)(flops)
     OPS[op.name] = op
     return op
 
@@ -363,9 +356,7 @@ class Row(NamedTuple):
     reason: str | None
 
 
-def explain(
-    name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> list[Row]:
+def explain(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
     """What would run op `name` on example inputs of a device and dtype, fastest first.
 
     Devices that are not here are imitated by fake tensors: nothing is allocated on them.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -49,12 +47,19 @@ def assert_close_to_truth(got: Tensor, same_dtype_reference: Tensor, truth: Tens
     )
 
 
-def backends_of(name: str) -> Iterator[object]:
+def backends_of(name: str) -> list[object]:
     """Every backend of op `name` as a pytest parameter; one that cannot run on CPU tensors here is
     skipped with its reason."""
     op = gk.ops[name]
     assert op.example is not None
     args = op.example(torch.device("cpu"), torch.float32)
-    for backend, reason in op.reasons(*args).items():
-        marks = [] if reason is None else [pytest.mark.skip(reason=f"{name} on {backend}: {reason}")]
-        yield pytest.param(backend, marks=marks, id=backend)
+    return [
+        pytest.param(
+            backend,
+            marks=[]
+            if reason is None
+            else pytest.mark.skip(reason=f"{name} on {backend}: {reason}"),
+            id=backend,
+        )
+        for backend, reason in op.reasons(*args).items()
+    ]

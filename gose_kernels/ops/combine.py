@@ -51,7 +51,9 @@ def _check_rows(name: str, row_TK: Tensor, num_rows: int) -> None:
 def combine_reference(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     _check("combine", y_ND, weight_TK, row_TK)
     _check_rows("combine", row_TK, y_ND.shape[0])
-    out_TD = torch.zeros(weight_TK.shape[0], y_ND.shape[1], dtype=weight_TK.dtype, device=y_ND.device)
+    out_TD = torch.zeros(
+        weight_TK.shape[0], y_ND.shape[1], dtype=weight_TK.dtype, device=y_ND.device
+    )
     if y_ND.shape[0] == 0:
         return out_TD.to(y_ND.dtype)
     for k in range(weight_TK.shape[1]):

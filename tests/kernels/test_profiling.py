@@ -1,0 +1,76 @@
+"""profiling.record: calls, tokens, bytes, FLOPs by op and backend; each second counted once."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+import gose_kernels as gk
+from gose_kernels.registry import Cost, reference, register
+
+
+def _inner_reference(x_P: Tensor) -> Tensor:
+    time.sleep(0.02)
+    return x_P.clone()
+
+
+def _outer_reference(x_P: Tensor) -> Tensor:
+    return torch.ops.gose.test_inner(x_P) + 1
+
+
+for _name, _run in (("inner", _inner_reference), ("outer", _outer_reference)):
+    register(
+        f"test_{_name}(Tensor x_P, *, str? backend=None) -> Tensor",
+        reference(_run),
+        fake=lambda x_P, backend=None: torch.empty_like(x_P),
+        cost=lambda x_P: Cost(x_P.shape[0], 8 * x_P.shape[0], x_P.shape[0]),
+        example=lambda device, dtype: (torch.ones(3, device=device, dtype=dtype),),
+    )
+
+
+def test_counts_equal_the_declared_costs() -> None:
+    y_ND = torch.randn(8, 5)
+    weight_TK = torch.rand(4, 2, requires_grad=True)
+    row_TK = torch.arange(8, dtype=torch.int32).view(4, 2)
+    with gk.profiling.record() as counts:
+        for _ in range(3):
+            gk.combine(y_ND, weight_TK, row_TK, backend="torch").sum().backward()
+    count = counts.table["combine", "torch"]
+    assert (count.calls, count.tokens, count.flops) == (3, 12, 3 * 2 * 8 * 5)
+    assert count.bytes == 3 * (12 * 5 * 4 + 8 * 8)
+    assert counts.table["combine_backward", "torch"].calls == 3
+    gk.combine(y_ND, weight_TK, row_TK)
+    assert counts.table["combine", "torch"].calls == 3, "the block has ended"
+
+
+def test_nested_ops_count_their_seconds_once() -> None:
+    start = time.perf_counter()
+    with gk.profiling.record() as counts:
+        torch.ops.gose.test_outer(torch.ones(3))
+    elapsed = time.perf_counter() - start
+    inner, outer = counts.table["test_inner", "torch"], counts.table["test_outer", "torch"]
+    assert inner.wall_seconds >= 0.02
+    assert outer.wall_seconds < 0.02
+    assert counts.wall_seconds <= elapsed
+
+
+def test_blocks_nest_and_survive_errors() -> None:
+    x_P = torch.ones(3)
+    with gk.profiling.record() as outer:
+        try:
+            with gk.profiling.record() as inner:
+                torch.ops.gose.test_inner(x_P)
+                raise KeyError("stop")
+        except KeyError:
+            pass
+        torch.ops.gose.test_inner(x_P)
+    assert inner.table["test_inner", "torch"].calls == 1
+    assert outer.table["test_inner", "torch"].calls == 1
+
+
+def test_trace_emits_profiler_ranges() -> None:
+    with torch.profiler.profile() as profile, gk.profiling.record(trace=True):
+        torch.ops.gose.test_inner(torch.ones(3))
+    assert "gose::test_inner[torch]" in {event.name for event in profile.events()}

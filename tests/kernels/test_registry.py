@@ -1,0 +1,153 @@
+"""The registry: choice, refusals, binding, and the roads that must not skip torch's dispatcher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import gose_kernels as gk
+from gose_kernels.registry import Backend, Cost, reference, register
+
+
+def _double_reference(x_P: Tensor, *, scale: float = 1.0) -> Tensor:
+    return x_P * 2 * scale
+
+
+def _refused(reason: str) -> Backend:
+    def run(*_args: object, **_options: object) -> Tensor:
+        raise AssertionError("a refused backend must not run")
+
+    return Backend("picky", run, lambda *_args, **_options: reason)
+
+
+doubled = register(
+    "test_double(Tensor x_P, *, float scale=1.0, str? backend=None) -> Tensor",
+    _refused("it is Sunday"),
+    reference(_double_reference),
+    fake=lambda x_P, scale=1.0, backend=None: torch.empty_like(x_P),
+    setup_context=lambda ctx, inputs, keyword_only_inputs, output: ctx.__setattr__(
+        "scale", keyword_only_inputs["scale"]
+    ),
+    backward=lambda ctx, grad: grad * 2 * ctx.scale,
+    cost=lambda x_P, scale: Cost(x_P.shape[0], 2 * x_P.nbytes, 2 * x_P.numel()),
+    example=lambda device, dtype: (torch.ones(3, device=device, dtype=dtype),),
+    autocast=("x_P",),
+)
+
+
+def test_first_able_backend_runs() -> None:
+    assert torch.equal(doubled(torch.ones(3), scale=2.0), torch.full((3,), 4.0))
+    assert doubled.pick(torch.ones(3), scale=1.0).name == "torch"
+    assert doubled.reasons(torch.ones(3)) == {"picky": "it is Sunday", "torch": None}
+
+
+def test_named_backend_runs_or_raises_its_reason() -> None:
+    with pytest.raises(ValueError, match=r"test_double: backend 'picky' cannot run this call\n"):
+        doubled(torch.ones(3), backend="picky")
+    with pytest.raises(ValueError, match="picky: it is Sunday"):
+        doubled(torch.ones(3), backend="picky")
+    with pytest.raises(ValueError, match="no backend named 'gpu'; there are: picky, torch"):
+        doubled(torch.ones(3), backend="gpu")
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((), {}, "argument 'x_P' is missing"),
+        ((torch.ones(1), 2.0), {}, "takes 1 positional arguments, got 2"),
+        ((torch.ones(1),), {"scael": 2.0}, "no argument named 'scael'"),
+    ],
+)
+def test_wrong_calls_name_the_argument(
+    args: tuple[object, ...], options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        doubled(*args, **options)
+
+
+def test_gradient_flows_through_the_dispatcher() -> None:
+    x_P = torch.ones(3, requires_grad=True)
+    doubled(x_P, scale=3.0).sum().backward()
+    assert torch.equal(x_P.grad, torch.full((3,), 6.0))  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert not doubled(x_P).requires_grad
+
+
+def test_backend_reaches_the_implementation_under_autograd() -> None:
+    with pytest.raises(ValueError, match="it is Sunday"):
+        doubled(torch.ones(3, requires_grad=True), backend="picky")
+
+
+def test_autocast_casts_the_named_arguments_and_spares_float64() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert doubled(torch.ones(3)).dtype == torch.bfloat16
+        assert doubled(torch.ones(3, dtype=torch.float64)).dtype == torch.float64
+        x_P = torch.ones(3, requires_grad=True)
+        doubled(x_P).sum().backward()
+    assert x_P.grad is not None
+    assert x_P.grad.dtype == torch.float32
+    assert torch.equal(x_P.grad, torch.full((3,), 2.0))
+
+
+def test_modes_transforms_and_compile_see_the_op() -> None:
+    with gk.profiling.flop_counter() as mode:
+        doubled(torch.ones(5))
+        torch.mm(torch.ones(2, 3), torch.ones(3, 4))
+    assert mode.get_total_flops() == 10 + 2 * 2 * 3 * 4
+    with torch._subclasses.FakeTensorMode():
+        assert doubled(torch.empty(7, device="cuda")).device.type == "cuda"
+    compiled = torch.compile(lambda x: doubled(x) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))
+    # torch.library gives such ops no functorch rule: an error, never a silently constant result.
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: doubled(x).sum())(torch.ones(3))
+
+
+def test_opcheck() -> None:
+    torch.library.opcheck(
+        torch.ops.gose.test_double.default, (torch.ones(3, requires_grad=True),), {"scale": 2.0}
+    )
+
+
+def test_an_op_is_registered_once() -> None:
+    with pytest.raises(RuntimeError, match="test_double"):
+        register(
+            "test_double(Tensor x_P, *, str? backend=None) -> Tensor",
+            reference(_double_reference),
+            fake=lambda x_P, backend=None: x_P,
+        )
+
+
+def test_explain_tells_what_runs_and_why_not() -> None:
+    rows = gk.explain("test_double")
+    assert [tuple(r) for r in rows] == [("picky", False, "it is Sunday"), ("torch", True, None)]
+    with pytest.raises(ValueError, match="explain: no op named 'combin'; ops: "):
+        gk.explain("combin")
+
+
+def test_explain_imitates_a_device_that_is_not_here() -> None:
+    reasons = {r.backend: r.reason for r in gk.explain("combine", device="cuda")}
+    assert reasons["cpu"] == "takes tensors on cpu, got one on cuda"
+    if not torch.cuda.is_available():
+        assert reasons["cuda"] is not None
+        assert reasons["triton"] is not None
+
+
+@pytest.mark.parametrize("name", sorted(gk.ops))
+def test_every_op_of_the_library_explains_itself_and_ends_in_the_reference(name: str) -> None:
+    op = gk.ops[name]
+    assert op.backends[-1].name == "torch"
+    assert op.cost is not None
+    rows = gk.explain(name)
+    assert sum(r.chosen for r in rows) == 1
+
+
+@pytest.mark.parametrize("name", sorted(gk.ops))
+def test_declared_cost_of_the_example_is_positive(name: str) -> None:
+    op = gk.ops[name]
+    assert op.example is not None
+    cost = op.cost_of(*op.example(torch.device("cpu"), torch.float32))
+    assert cost.tokens > 0
+    assert cost.bytes > 0
+    assert cost.flops >= 0
