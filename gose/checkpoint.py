@@ -206,7 +206,7 @@ def read_file(path: Path, *, limit: int, wanted: int | None = None) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be opened: {error.strerror}") from None
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"{path.name}: not a regular file")
@@ -214,10 +214,12 @@ def read_file(path: Path, *, limit: int, wanted: int | None = None) -> bytes:
             raise CheckpointError(f"{path.name}: {status.st_size} bytes; the limit is {limit}")
         if wanted is not None and status.st_size != wanted:
             raise CheckpointError(f"{path.name}: {status.st_size} bytes; wanted {wanted}")
-        try:
+        with open(descriptor, "rb", closefd=False) as file:
             content = file.read(status.st_size + 1)
-        except OSError as error:
-            raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path.name}: cannot be read: {error.strerror}") from None
+    finally:
+        os.close(descriptor)
     if len(content) != status.st_size:
         raise CheckpointError(f"{path.name}: changed while it was read")
     return content
