@@ -8,8 +8,10 @@ from gose_kernels import native, optim, philox, profiling
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.entropy import entropy
+from gose_kernels.ops.expert_mlp import expert_mlp
 from gose_kernels.ops.grouped_gemm import grouped_gemm
 from gose_kernels.ops.masked_update import masked_adam_, masked_lion_, masked_sgd_
+from gose_kernels.ops.moe import moe
 from gose_kernels.ops.quantize import (
     FORMATS,
     Format,
@@ -33,11 +35,13 @@ __all__ = [
     "dequantize_add_",
     "dispatch",
     "entropy",
+    "expert_mlp",
     "explain",
     "grouped_gemm",
     "masked_adam_",
     "masked_lion_",
     "masked_sgd_",
+    "moe",
     "native",
     "ops",
     "optim",

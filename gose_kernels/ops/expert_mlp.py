@@ -1,0 +1,489 @@
+"""expert_mlp: every token through the two-layer MLPs of its K experts, summed with gate weights.
+
+    for t, k with e = expert[t, k] < E:
+        for h:  pre[h] = sum_d w_up[e, h, d] * x[t, d] + bias_up[e, h]
+        for f:  a[f] = act(pre)[f]
+        for d:  y[t, k, d] = sum_f w_down[e, d, f] * a[f] + bias_down[e, d]
+    for t, d:  out[t, d] = sum_k weight[t, k] * y[t, k, d]      (unused slots skipped, never * 0)
+
+Activations with a gate, H = 2F, act = phi(gate[f]) * up[f], without one, H = F, act = phi(pre[f]):
+
+    swiglu      phi = silu                         silu       g * sigmoid(g)
+    geglu       phi = gelu                         gelu       g * Phi(g), exact
+    geglu_tanh  phi = gelu_tanh                    gelu_tanh  its tanh approximation
+    reglu       phi = relu                         relu       max(g, 0)
+    swiglu_oai  phi = g * sigmoid(alpha * g),      relu2      max(g, 0)^2
+                times up + 1, limit 7 by default
+
+activation   one of these names
+interleaved  False: gate[f] = pre[f], up[f] = pre[F + f]; True: gate[f] = pre[2f], up[f] = pre[2f+1]
+limit        with a gate: gate is clamped to at most limit, up to [-limit, limit]; None: the
+             activation's own, or not at all
+alpha        swiglu_oai only
+transposed   True: the weights come as w_up_EDH and w_down_EFD
+
+x_TD       float32 | bfloat16 | float16 | float64, any strides
+weight_TK  float32 (float64 with a float64 x)   gate weights
+expert_TK  int32 | int64   experts in [0, E], E = unused slot; any other value raises on torch and
+           cpu, is trusted on cuda and triton (a check would sync)
+w_up_EHD, w_down_EDF, bias_up_EH, bias_down_ED  dtype of x, any strides
+frozen_E   bool, True: the weights and biases of this expert get a gradient of exactly 0 and no
+           product is made for it
+frozen_EF  bool, True: the same for one hidden unit: its rows of w_up and bias_up, its column of
+           w_down. bias_down belongs to no unit
+returns    out_TD, dtype of x. Sums in float32 (float64 for float64), k ascending. The torch backend
+           rounds pre, a and y to the dtype of x; others may keep more.
+T, K, E, D and F may be 0: sums over nothing are 0. A token without used slots gives 0 and is not
+read; experts without tokens are not read and get weight gradients of 0.
+Differentiable in x, weight, weights and biases, once. At the limit the gradient passes.
+
+expert_mlp_train, which autograd runs instead, returns (out_TD, pre_NH): pre, biased, its rows in
+the order of `dispatch` and 0 from row offset[E] on. With the inputs it is all that backward keeps:
+`a` is made again, and the gate gradient comes from sum_f (w_down^T grad_out)[f] * a[f], not from y.
+
+expert_mlp_backward returns the gradients of x, weight, w_up, w_down, bias_up and bias_down. One
+without its `need_` has shape [0] and costs nothing.
+Source: memory scheme of SonicMoE [arXiv 2512.14080]; swiglu_oai as in gpt-oss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gose_kernels.ops.activations import ACTIVATIONS, Activation
+from gose_kernels.ops.training import register_training
+from gose_kernels.registry import Cost, reference, register
+
+
+class MlpCall(NamedTuple):
+    """The arguments of expert_mlp and expert_mlp_train, in schema order."""
+
+    x_TD: Tensor
+    weight_TK: Tensor
+    expert_TK: Tensor
+    w_up_EHD: Tensor
+    w_down_EDF: Tensor
+    bias_up_EH: Tensor | None = None
+    bias_down_ED: Tensor | None = None
+    frozen_E: Tensor | None = None
+    frozen_EF: Tensor | None = None
+    activation: str = "swiglu"
+    interleaved: bool = False
+    transposed: bool = False
+    limit: float | None = None
+    alpha: float = 1.702
+
+    @property
+    def act(self) -> Activation:
+        return ACTIVATIONS[self.activation]
+
+    @property
+    def clamp(self) -> float:
+        limit = self.act.limit if self.limit is None else self.limit
+        return math.inf if limit is None else limit
+
+    @property
+    def scale(self) -> float:
+        """alpha as phi takes it."""
+        return self.alpha if self.activation == "swiglu_oai" else 1.0
+
+    @property
+    def up_EDH(self) -> Tensor:
+        return self.w_up_EHD if self.transposed else self.w_up_EHD.mT
+
+    @property
+    def down_EFD(self) -> Tensor:
+        return self.w_down_EDF if self.transposed else self.w_down_EDF.mT
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.x_TD.dtype, torch.float32)
+
+
+class BackwardCall(NamedTuple):
+    """What expert_mlp_backward takes beyond the arguments of expert_mlp, in schema order."""
+
+    pre_NH: Tensor
+    grad_TD: Tensor
+    need_x: bool = True
+    need_weight: bool = True
+    need_up: bool = True
+    need_down: bool = True
+    need_bias_up: bool = False
+    need_bias_down: bool = False
+
+
+def _want(holds: bool, argument: str, wanted: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"expert_mlp: {argument} must be {wanted}, got {got}")
+
+
+def _want_shape(argument: str, tensor: Tensor | None, *shape: int) -> None:
+    if tensor is not None:
+        _want(tuple(tensor.shape) == shape, argument, f"of shape {shape}", tuple(tensor.shape))
+
+
+def check(call: MlpCall) -> tuple[int, int, int, int]:
+    """(E, H, F, D) of a call that some backend may take; ValueError for any other."""
+    x_TD, names = call.x_TD, ", ".join(ACTIVATIONS)
+    _want(call.activation in ACTIVATIONS, "activation", f"one of {names}", repr(call.activation))
+    for name in ("interleaved", "limit") if not call.act.gated else ():
+        _want(not getattr(call, name), name, f"unset for {call.activation}", getattr(call, name))
+    _want(call.clamp > 0, "limit", "above 0", call.limit)
+    _want(x_TD.dim() == 2, "x_TD", "of 2 dimensions", f"shape {tuple(x_TD.shape)}")
+    _want(x_TD.is_floating_point(), "x_TD", "floating point", x_TD.dtype)
+    for name in ("w_up_EHD", "w_down_EDF"):
+        shape = tuple(getattr(call, name).shape)
+        _want(len(shape) == 3, name, "of 3 dimensions", f"shape {shape}")
+    E, F, D = call.down_EFD.shape
+    H = 2 * F if call.act.gated else F
+    layout = f"with transposed={call.transposed}, activation={call.activation!r}"
+    wanted = (E, D, H) if call.transposed else (E, H, D)
+    got = tuple(call.w_up_EHD.shape)
+    _want(got == wanted, "w_up_EHD", f"of shape {wanted} {layout}, to fit w_down_EDF", got)
+    _want(x_TD.shape[1] == D, "x_TD", f"of width D = {D} as w_down_EDF {layout}", x_TD.shape[1])
+    slots, T = tuple(call.weight_TK.shape), x_TD.shape[0]
+    _want(len(slots) == 2 and slots[0] == T, "weight_TK", f"of shape [T={T}, K]", slots)
+    _want_shape("expert_TK", call.expert_TK, *slots)
+    _want_shape("bias_up_EH", call.bias_up_EH, E, H)
+    _want_shape("bias_down_ED", call.bias_down_ED, E, D)
+    _want_shape("frozen_E", call.frozen_E, E)
+    _want_shape("frozen_EF", call.frozen_EF, E, F)
+    wanted_dtype, dtype = call.sum_dtype, call.weight_TK.dtype
+    _want(dtype == wanted_dtype, "weight_TK", f"{wanted_dtype} for x_TD of {x_TD.dtype}", dtype)
+    for name in ("w_up_EHD", "w_down_EDF", "bias_up_EH", "bias_down_ED"):
+        if (tensor := getattr(call, name)) is not None:
+            _want(tensor.dtype == x_TD.dtype, name, f"{x_TD.dtype} as x_TD", tensor.dtype)
+    for name in ("frozen_E", "frozen_EF"):
+        if (tensor := getattr(call, name)) is not None:
+            _want(tensor.dtype == torch.bool, name, "bool", tensor.dtype)
+    return E, H, F, D
+
+
+def _split(pre_NH: Tensor, call: MlpCall) -> tuple[Tensor, Tensor]:
+    """Views of the gate and the up half."""
+    if call.interleaved:
+        return pre_NH[:, 0::2], pre_NH[:, 1::2]
+    hidden = pre_NH.shape[1] // 2
+    return pre_NH[:, :hidden], pre_NH[:, hidden:]
+
+
+def _activate(pre_NH: Tensor, call: MlpCall) -> Tensor:
+    if not call.act.gated:
+        return call.act.phi(pre_NH, call.scale)
+    gate_NF, up_NF = _split(pre_NH, call)
+    factor_NF = up_NF.clamp(-call.clamp, call.clamp) + call.act.shift
+    return call.act.phi(gate_NF.clamp(max=call.clamp), call.scale) * factor_NF
+
+
+def _activate_backward(grad_NF: Tensor, pre_NH: Tensor, call: MlpCall) -> Tensor:
+    """Gradient of pre."""
+    if not call.act.gated:
+        return grad_NF * call.act.slope(pre_NH, call.scale)
+    grad_pre_NH = torch.empty_like(pre_NH)
+    (gate_NF, up_NF), (into_gate_NF, into_up_NF) = _split(pre_NH, call), _split(grad_pre_NH, call)
+    clamped_NF = gate_NF.clamp(max=call.clamp)
+    factor_NF = up_NF.clamp(-call.clamp, call.clamp) + call.act.shift
+    slope_NF = call.act.slope(clamped_NF, call.scale)
+    phi_NF = call.act.phi(clamped_NF, call.scale)
+    into_gate_NF.copy_(torch.where(gate_NF <= call.clamp, grad_NF * factor_NF * slope_NF, 0))
+    into_up_NF.copy_(torch.where(up_NF.abs() <= call.clamp, grad_NF * phi_NF, 0))
+    return grad_pre_NH
+
+
+def _product(x_ND: Tensor, w_DF: Tensor, bias_EF: Tensor | None, e: int) -> Tensor:
+    return x_ND @ w_DF if bias_EF is None else torch.addmm(bias_EF[e], x_ND, w_DF)
+
+
+class _Plan(NamedTuple):
+    """The plan of `dispatch`, on one backend: the reference calls no other kernel."""
+
+    row_TK: Tensor
+    token_N: Tensor
+    offset_E1: Tensor
+
+    def groups(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """Experts that have rows, these rows, and their tokens."""
+        for e, (start, stop) in enumerate(pairwise(self.offset_E1.tolist())):
+            if stop > start:
+                yield e, slice(start, stop), self.token_N[start:stop]
+
+
+def _plan(call: MlpCall, num_experts: int) -> _Plan:
+    return _Plan(*torch.ops.gose.dispatch(call.expert_TK, num_experts, backend="torch"))
+
+
+def _forward(call: MlpCall, keep: bool) -> tuple[Tensor, Tensor]:
+    """out_TD and, if kept, pre_NH."""
+    E, H, _, D = check(call)
+    plan = _plan(call, E)
+    N = call.expert_TK.numel()
+    y_ND = call.x_TD.new_zeros(N, D)
+    kept_NH = call.x_TD.new_zeros(N if keep else 0, H)
+    for e, rows, token_n in plan.groups():
+        pre_nH = _product(call.x_TD[token_n], call.up_EDH[e], call.bias_up_EH, e)
+        if keep:
+            kept_NH[rows] = pre_nH
+        a_nF = _activate(pre_nH.to(call.sum_dtype), call).to(pre_nH.dtype)
+        y_ND[rows] = _product(a_nF, call.down_EFD[e], call.bias_down_ED, e)
+    out_TD: Tensor = torch.ops.gose.combine(y_ND, call.weight_TK, plan.row_TK, backend="torch")
+    return out_TD, kept_NH
+
+
+def expert_mlp_reference(*args: Any, **options: Any) -> Tensor:
+    return _forward(MlpCall(*args, **options), keep=False)[0]
+
+
+def expert_mlp_train_reference(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return _forward(MlpCall(*args, **options), keep=True)
+
+
+def _bind_backward(args: Sequence[Any], options: dict[str, Any]) -> tuple[MlpCall, BackwardCall]:
+    needs = {name: options[name] for name in BackwardCall._fields if name in options}
+    others = {name: options[name] for name in options if name not in needs}
+    return MlpCall(*args[:9], **others), BackwardCall(*args[9:], **needs)
+
+
+def _check_backward(call: MlpCall, back: BackwardCall) -> None:
+    _, H, _, D = check(call)
+    _want_shape("pre_NH", back.pre_NH, call.expert_TK.numel(), H)
+    _want_shape("grad_TD", back.grad_TD, call.x_TD.shape[0], D)
+    for name in ("pre_NH", "grad_TD"):
+        dtype = getattr(back, name).dtype
+        _want(dtype == call.x_TD.dtype, name, f"{call.x_TD.dtype} as x_TD", dtype)
+
+
+def _gradients(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]:
+    """Uninitialized gradients of x, weight, w_up, w_down, bias_up, bias_down; [0] if not needed."""
+    E, H, _, D = check(call)
+    shapes = (
+        (back.need_x, call.x_TD, call.x_TD.shape),
+        (back.need_weight, call.weight_TK, call.weight_TK.shape),
+        (back.need_up, call.w_up_EHD, call.w_up_EHD.shape),
+        (back.need_down, call.w_down_EDF, call.w_down_EDF.shape),
+        (back.need_bias_up, call.x_TD, (E, H)),
+        (back.need_bias_down, call.x_TD, (E, D)),
+    )
+    return tuple(like.new_empty(shape if need else (0,)) for need, like, shape in shapes)
+
+
+def _unfrozen(call: MlpCall, e: int) -> tuple[Tensor, Tensor] | None:
+    """Rows of w_up and columns of w_down that get a gradient; None if the expert is frozen."""
+    if call.frozen_E is not None and bool(call.frozen_E[e]):
+        return None
+    num_units = call.down_EFD.shape[1]
+    unit_F = torch.arange(num_units, device=call.x_TD.device)
+    if call.frozen_EF is not None:
+        unit_F = unit_F[~call.frozen_EF[e]]
+    if not call.act.gated:
+        return unit_F, unit_F
+    pair = (2 * unit_F, 2 * unit_F + 1) if call.interleaved else (unit_F, num_units + unit_F)
+    return torch.cat(pair), unit_F
+
+
+def expert_mlp_backward_reference(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    call, back = _bind_backward(args, options)
+    _check_backward(call, back)
+    gradients = tuple(t.zero_() for t in _gradients(call, back))
+    _, grad_weight_TK, grad_up, grad_down, grad_bias_up_EH, grad_bias_down_ED = gradients
+    grad_up_EDH = grad_up if call.transposed else grad_up.mT
+    grad_down_EFD = grad_down if call.transposed else grad_down.mT
+    plan, dtype = _plan(call, call.w_up_EHD.shape[0]), call.x_TD.dtype
+    used_TK = plan.row_TK >= 0
+    weight_N = call.weight_TK.new_zeros(call.expert_TK.numel())
+    weight_N[plan.row_TK[used_TK]] = call.weight_TK[used_TK]
+    grad_weight_N = torch.zeros_like(weight_N)
+    grad_x_ND = call.x_TD.new_zeros(weight_N.numel() if back.need_x else 0, call.x_TD.shape[1])
+    for e, rows, token_n in plan.groups():
+        x_nD, grad_nD, weight_n1 = call.x_TD[token_n], back.grad_TD[token_n], weight_N[rows, None]
+        pre_nH = back.pre_NH[rows].to(call.sum_dtype)
+        a_nF = _activate(pre_nH, call)
+        grad_a_nF = (grad_nD @ call.down_EFD[e].mT).to(call.sum_dtype)
+        grad_pre_nH = (weight_n1 * _activate_backward(grad_a_nF, pre_nH, call)).to(dtype)
+        if back.need_weight:
+            grad_weight_N[rows] = (grad_a_nF * a_nF).sum(dim=1)
+            if call.bias_down_ED is not None:
+                product_nD = grad_nD.to(call.sum_dtype) * call.bias_down_ED[e]
+                grad_weight_N[rows] += product_nD.sum(dim=1)
+        if back.need_x:
+            grad_x_ND[rows] = grad_pre_nH @ call.up_EDH[e].mT
+        if (unfrozen := _unfrozen(call, e)) is None:
+            continue
+        row_h, unit_f = unfrozen
+        if back.need_up:
+            grad_up_EDH[e][:, row_h] = x_nD.mT @ grad_pre_nH[:, row_h]
+        if back.need_down:
+            grad_down_EFD[e][unit_f] = (weight_n1 * a_nF).to(dtype)[:, unit_f].mT @ grad_nD
+        if back.need_bias_up:
+            grad_bias_up_EH[e][row_h] = grad_pre_nH[:, row_h].sum(dim=0)
+        if back.need_bias_down:
+            grad_bias_down_ED[e] = (weight_n1 * grad_nD).sum(dim=0).to(dtype)
+    if back.need_weight:
+        grad_weight_TK[used_TK] = grad_weight_N[plan.row_TK[used_TK]]
+    if not back.need_x:
+        return gradients
+    one_TK = torch.ones_like(call.weight_TK)
+    grad_x_TD = torch.ops.gose.combine(grad_x_ND, one_TK, plan.row_TK, backend="torch")
+    return grad_x_TD, *gradients[1:]
+
+
+def _fake(*args: Any, backend: str | None = None, **options: Any) -> Tensor:
+    call = MlpCall(*args, **options)
+    check(call)
+    return call.x_TD.new_empty(call.x_TD.shape)
+
+
+def _train_fake(*args: Any, backend: str | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+    call = MlpCall(*args, **options)
+    _, H, _, _ = check(call)
+    return call.x_TD.new_empty(call.x_TD.shape), call.x_TD.new_empty(call.expert_TK.numel(), H)
+
+
+def _backward_fake(*args: Any, backend: str | None = None, **options: Any) -> tuple[Tensor, ...]:
+    call, back = _bind_backward(args, options)
+    _check_backward(call, back)
+    return _gradients(call, back)
+
+
+def _setup_context(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    keyword_only_inputs: dict[str, Any],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.options = dict(keyword_only_inputs)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    # torch leaves out trailing arguments that have their default.
+    needs = (*ctx.needs_input_grad, *[False] * 9)[:9]
+    if grad_TD is None:
+        return (None,) * 9
+    wanted = [needs[i] for i in (0, 1, 3, 4, 5, 6)]
+    gradients = torch.ops.gose.expert_mlp_backward(
+        *ctx.saved_tensors,
+        grad_TD,
+        **ctx.options,
+        **dict(zip(BackwardCall._fields[2:], wanted, strict=True)),
+    )
+    x, weight, up, down, bias_up, bias_down = (
+        g if need else None for g, need in zip(gradients, wanted, strict=True)
+    )
+    return x, weight, None, up, down, bias_up, bias_down, None, None
+
+
+def _once(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("expert_mlp_backward: expert_mlp can be differentiated once, not twice")
+
+
+def _moved(call: MlpCall) -> int:
+    """Bytes of tokens, slots and the weights of no more experts than there are slots."""
+    E, H, F, D = check(call)
+    experts, slots = min(E, call.expert_TK.numel()), call.expert_TK.numel()
+    elements = 2 * call.x_TD.numel() + experts * D * (H + F)
+    elements += experts * (H * (call.bias_up_EH is not None) + D * (call.bias_down_ED is not None))
+    per_slot = call.weight_TK.element_size() + call.expert_TK.element_size()
+    return elements * call.x_TD.element_size() + slots * per_slot
+
+
+def _cost(*args: Any, **options: Any) -> Cost:
+    """Every slot used."""
+    call = MlpCall(*args, **options)
+    _, H, F, D = check(call)
+    return Cost(call.x_TD.shape[0], _moved(call), 2 * call.expert_TK.numel() * D * (H + F))
+
+
+def _train_cost(*args: Any, **options: Any) -> Cost:
+    call = MlpCall(*args, **options)
+    _, H, _, _ = check(call)
+    inference = _cost(*args, **options)
+    kept = call.expert_TK.numel() * H * call.x_TD.element_size()
+    return inference._replace(bytes=inference.bytes + kept)
+
+
+def _backward_cost(*args: Any, **options: Any) -> Cost:
+    """Every slot used, no expert frozen; the gradient of the activation always counted."""
+    call, back = _bind_backward(args, options)
+    _, H, F, D = check(call)
+    written = sum(g.numel() * g.element_size() for g in _gradients(call, back))
+    read = (back.pre_NH.numel() + back.grad_TD.numel()) * call.x_TD.element_size()
+    products = F + back.need_x * H + back.need_up * H + back.need_down * F
+    flops = 2 * call.expert_TK.numel() * D * products
+    return Cost(call.x_TD.shape[0], _moved(call) + read + written, flops)
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    T, K, E, D, F = 4, 2, 3, 8, 6
+    return (
+        torch.ones(T, D, device=device, dtype=dtype),
+        torch.full((T, K), 0.5, device=device, dtype=torch.promote_types(dtype, torch.float32)),
+        torch.arange(T * K, device=device, dtype=torch.int32).view(T, K) % E,
+        torch.full((E, 2 * F, D), 0.1, device=device, dtype=dtype),
+        torch.full((E, D, F), 0.1, device=device, dtype=dtype),
+    )
+
+
+def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    args = _example(device, dtype)
+    pre_NH = torch.ones(args[2].numel(), args[3].shape[1], device=device, dtype=dtype)
+    return (*args, None, None, None, None, pre_NH, torch.ones_like(args[0]))
+
+
+_TENSORS = (
+    "Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, Tensor w_down_EDF, "
+    "Tensor? bias_up_EH{none}, Tensor? bias_down_ED{none}, "
+    "Tensor? frozen_E{none}, Tensor? frozen_EF{none}"
+)
+_OPTIONS = (
+    'str activation="swiglu", bool interleaved=False, bool transposed=False, '
+    "float? limit=None, float alpha=1.702"
+)
+_ARGUMENTS = f"{_TENSORS.format(none='=None')}, *, {_OPTIONS}, str? backend=None"
+
+expert_mlp = register(
+    f"expert_mlp({_ARGUMENTS}) -> Tensor",
+    reference(expert_mlp_reference),
+    fake=_fake,
+    cost=_cost,
+    example=_example,
+    autocast=("x_TD", "w_up_EHD", "w_down_EDF", "bias_up_EH", "bias_down_ED"),
+)
+
+expert_mlp_train = register(
+    f"expert_mlp_train({_ARGUMENTS}) -> (Tensor, Tensor)",
+    reference(expert_mlp_train_reference),
+    fake=_train_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    cost=_train_cost,
+    example=_example,
+)
+
+expert_mlp_backward = register(
+    f"expert_mlp_backward({_TENSORS.format(none='')}, Tensor pre_NH, Tensor grad_TD, *, "
+    f"{_OPTIONS}, bool need_x=True, bool need_weight=True, bool need_up=True, "
+    "bool need_down=True, bool need_bias_up=False, bool need_bias_down=False, "
+    "str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference(expert_mlp_backward_reference),
+    fake=_backward_fake,
+    backward=_once,
+    cost=_backward_cost,
+    example=_backward_example,
+)
+
+
+def _train(*args: Any, **options: Any) -> Tensor:
+    out_TD: Tensor = torch.ops.gose.expert_mlp_train(*args, **options)[0]
+    return out_TD
+
+
+register_training(expert_mlp, _train)

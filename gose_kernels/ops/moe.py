@@ -1,0 +1,162 @@
+"""moe: a whole mixture-of-experts layer: `route` and `expert_mlp` as one op.
+
+    score[t, e]     = sum_d x[t, d] * w_router[e, d], or logits[t, e]
+    weight, expert, entropy, load, importance, loss = route(score, top_k, ...)
+    out             = expert_mlp(x, weight, expert, ...)
+
+x_TD           float32 | bfloat16 | float16 | float64, any strides
+w_up_EHD, w_down_EDF, bias_up_EH, bias_down_ED, frozen_E, frozen_EF, activation, interleaved,
+transposed, limit, alpha                              as in `expert_mlp`
+top_k, entropy_TE, entropy_E, bias_E, noise_TE, policy and the options after it   as in `route`
+w_router_ED    floating, no bias: scores are summed in float32 (float64 with a float64 x), in which
+               x and w_router are read, also under autocast
+logits_TE      floating, read in float32 (float64 with a float64 x); for a router of another kind
+               Exactly one of the two; policy egs, which reads no score, may have neither
+returns        out_TD, dtype of x; then the six outputs of `route`: weight_TK, expert_TK, entropy_T,
+               load_E, importance_E, loss_L
+T = 0 gives an empty out and zero statistics.
+Differentiable in x, router, logits, entropies, weights and biases, once: where a gradient is
+needed the layer runs as `route` and `expert_mlp`, whose backward keeps x, scores and pre only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gose_kernels.ops.training import register_training
+from gose_kernels.registry import OPS, Cost, reference, register
+
+_MLP_OPTIONS = ("activation", "interleaved", "transposed", "limit", "alpha")
+
+
+class MoeCall(NamedTuple):
+    """The tensors and top_k of one call, in schema order."""
+
+    x_TD: Tensor
+    w_up_EHD: Tensor
+    w_down_EDF: Tensor
+    top_k: int
+    w_router_ED: Tensor | None = None
+    logits_TE: Tensor | None = None
+    bias_up_EH: Tensor | None = None
+    bias_down_ED: Tensor | None = None
+    frozen_E: Tensor | None = None
+    frozen_EF: Tensor | None = None
+    entropy_TE: Tensor | None = None
+    entropy_E: Tensor | None = None
+    bias_E: Tensor | None = None
+    noise_TE: Tensor | None = None
+
+
+def _check(call: MoeCall, policy: str) -> None:
+    """What `route` and `expert_mlp` cannot see."""
+    x_TD, w_up_EHD = call.x_TD, call.w_up_EHD
+    if x_TD.dim() != 2 or w_up_EHD.dim() != 3:
+        raise ValueError(
+            f"moe: x_TD must have 2 dimensions and w_up_EHD 3, "
+            f"got shapes {tuple(x_TD.shape)} and {tuple(w_up_EHD.shape)}"
+        )
+    given = (call.w_router_ED is not None) + (call.logits_TE is not None)
+    if given != 1 and (given, policy) != (0, "egs"):
+        raise ValueError(
+            f"moe: exactly one of w_router_ED and logits_TE must be given (policy egs may have "
+            f"neither), got {given} with policy {policy}"
+        )
+    E, (T, D) = w_up_EHD.shape[0], x_TD.shape
+    for name, wanted in (("w_router_ED", (E, D)), ("logits_TE", (T, E))):
+        tensor = getattr(call, name)
+        if tensor is not None and (tuple(tensor.shape) != wanted or not tensor.is_floating_point()):
+            raise ValueError(
+                f"moe: {name} must be floating point of shape {wanted}, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+
+
+def _score(call: MoeCall) -> Tensor:
+    dtype = torch.promote_types(call.x_TD.dtype, torch.float32)
+    if call.logits_TE is not None:
+        return call.logits_TE.to(dtype)
+    if call.w_router_ED is not None:
+        return call.x_TD.to(dtype) @ call.w_router_ED.to(dtype).mT
+    return call.x_TD.new_zeros(call.x_TD.shape[0], call.w_up_EHD.shape[0], dtype=dtype)
+
+
+def _layer(*args: Any, backend: str | None = None, **options: Any) -> tuple[Tensor, ...]:
+    """The layer as a graph of its two ops."""
+    call = MoeCall(*args)
+    _check(call, options.get("policy", "softmax"))
+    of_mlp = {name: options.pop(name) for name in _MLP_OPTIONS if name in options}
+    routing = torch.ops.gose.route(
+        *(_score(call), call.top_k, call.entropy_TE, call.entropy_E, call.bias_E, call.noise_TE),
+        **options,
+        backend=backend,
+    )
+    out_TD: Tensor = torch.ops.gose.expert_mlp(
+        *(call.x_TD, routing[0], routing[1], call.w_up_EHD, call.w_down_EDF),
+        *(call.bias_up_EH, call.bias_down_ED, call.frozen_E, call.frozen_EF),
+        **of_mlp,
+        backend=backend,
+    )
+    return out_TD, *routing
+
+
+def moe_reference(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    return _layer(*args, backend="torch", **options)
+
+
+def _cost(*args: Any, **options: Any) -> Cost:
+    """Scores, routing, every slot used."""
+    call = MoeCall(*args)
+    dtype = torch.promote_types(call.x_TD.dtype, torch.float32)
+    (T, D), E = call.x_TD.shape, call.w_up_EHD.shape[0]
+    score_TE = call.x_TD.new_empty(T, E, dtype=dtype)
+    weight_TK = score_TE.new_empty(T, call.top_k)
+    of_mlp = {name: options.pop(name) for name in _MLP_OPTIONS if name in options}
+    mlp = OPS["expert_mlp"].cost_of(
+        *(call.x_TD, weight_TK, weight_TK.to(torch.int32), call.w_up_EHD, call.w_down_EDF),
+        *(call.bias_up_EH, call.bias_down_ED),
+        **of_mlp,
+    )
+    routing = OPS["route"].cost_of(
+        *(score_TE, call.top_k, call.entropy_TE, call.entropy_E, call.bias_E, call.noise_TE),
+        **options,
+    )
+    router = call.w_router_ED
+    made = 0 if router is None else 2 * T * E * D
+    read = 0 if router is None else router.numel() * router.element_size()
+    return Cost(T, mlp.bytes + routing.bytes + read, mlp.flops + routing.flops + made)
+
+
+def _example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    T, E, D, F, top_k = 4, 3, 8, 6, 2
+    return (
+        torch.ones(T, D, device=device, dtype=dtype),
+        torch.full((E, 2 * F, D), 0.1, device=device, dtype=dtype),
+        torch.full((E, D, F), 0.1, device=device, dtype=dtype),
+        top_k,
+        torch.full((E, D), 0.1, device=device, dtype=dtype),
+    )
+
+
+moe = register(
+    "moe(Tensor x_TD, Tensor w_up_EHD, Tensor w_down_EDF, int top_k, Tensor? w_router_ED=None, "
+    "Tensor? logits_TE=None, Tensor? bias_up_EH=None, Tensor? bias_down_ED=None, "
+    "Tensor? frozen_E=None, Tensor? frozen_EF=None, Tensor? entropy_TE=None, "
+    "Tensor? entropy_E=None, Tensor? bias_E=None, Tensor? noise_TE=None, "
+    '*, str activation="swiglu", bool interleaved=False, bool transposed=False, '
+    "float? limit=None, float alpha=1.702, "
+    'str policy="softmax", bool softmax_before=True, bool renormalize=False, '
+    'str gate="softmax", int num_groups=1, int top_groups=1, float entropy_floor=0.05, '
+    'float? tau=None, int? capacity=None, str capacity_order="token", str? adaptive=None, '
+    "float mass=0.9, float[] bands=[], float noise_std=0.0, str? backend=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference(moe_reference),
+    fake=_layer,
+    cost=_cost,
+    example=_example,
+    autocast=("x_TD", "w_up_EHD", "w_down_EDF", "bias_up_EH", "bias_down_ED"),
+)
+register_training(moe, _layer)
