@@ -1,10 +1,10 @@
 """Builds csrc/ into gose_kernels/libgose_kernels.so: one library without Python symbols, on torch's
 stable ABI. All else about the package stands in pyproject.toml.
 
-GOSE_NATIVE=1  a missing compiler or missing torch headers is an error (default: the package installs
-               without compiled kernels and `gose doctor` says so); GOSE_NATIVE=0 does not compile
+GOSE_NATIVE=1  a missing compiler or missing torch headers is an error (default: the package
+               installs without compiled kernels and `gose doctor` says so); 0 does not compile
 GOSE_CUDA=0|1  without, with CUDA kernels (default: with them when nvcc is found)
-TORCH_CUDA_ARCH_LIST  CUDA architectures, default "8.0;9.0a;10.0a+PTX"
+TORCH_CUDA_ARCH_LIST  CUDA architectures, default "8.0;9.0a;10.0a" and PTX of 9.0
 A compiler that fails is an error in every case.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def find_cuda_home() -> Path | None:
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).exists():
         return None
-    report = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True)
+    report = subprocess.run(
+        [nvcc, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    )
     for line in report.stderr.splitlines():
         if line.startswith("#$ TOP="):
             return Path(line.removeprefix("#$ TOP=")).resolve()
@@ -70,13 +73,20 @@ def find_cuda_home() -> Path | None:
 
 def cuda_architectures() -> list[str]:
     """-gencode flags of TORCH_CUDA_ARCH_LIST; an entry ending in +PTX adds PTX of that entry."""
-    flags = []
-    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0a").replace(" ", ";").split(";"):
+    # PTX of an "a" entry runs on no other GPU: the default's PTX, for GPUs to come, is plain 9.0.
+    entries = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    flags = [] if entries else ["-gencode=arch=compute_90,code=compute_90"]
+    for entry in (entries or "8.0;9.0a;10.0a").replace(" ", ";").split(";"):
         if not entry:
             continue
-        number = entry.removesuffix("+PTX").replace(".", "")
+        if (match := re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)) is None:
+            sys.exit(
+                "setup.py: TORCH_CUDA_ARCH_LIST must hold versions such as 8.0;9.0a;10.0a+PTX, "
+                f"got {entry!r}"
+            )
+        number = match[1] + match[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if entry.endswith("+PTX"):
+        if match[3]:
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
@@ -117,15 +127,13 @@ class Build(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(self.ninja_file(torch, compiler, target))
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(
-            [ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True
-        )
+        subprocess.run([ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
 
     def ninja_file(self, torch: Path, compiler: str, target: Path) -> str:
         flags = [
             *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
-            # Vectors wider than the level's registers never cross a call: all is inlined. GCC 12 warns
-            # of its own _mm512_undefined as uninitialized (GCC bug 105593).
+            # psabi: vectors never cross a call, all is inlined. uninitialized: GCC 12 warns of its
+            # own _mm512_undefined (GCC bug 105593).
             *("-Wno-psabi", "-Wno-maybe-uninitialized", "-ffunction-sections"),
             *("-DNDEBUG", f"-I{CSRC}"),
         ]
@@ -161,13 +169,18 @@ class Build(build_ext):
                 more = " ".join([f"-DGOSE_LEVEL={level}", *level_flags])
                 compile_(source, f"{source.stem}.{level}.o", more)
         compile_(CSRC / "bind.cpp", "bind.o", "$torch_flags")
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,--as-needed", "-Wl,--gc-sections"]
+        # libstdc++ before torch: libtorch_cpu exports copies of its symbols, which it may drop.
+        libraries = [
+            *("-Wl,--gc-sections", "-Wl,--as-needed", "-lstdc++"),
+            *(f"-L{torch / 'lib'}", "-ltorch_cpu"),
+        ]
         if cuda_home is not None:
             compile_(CSRC / "bind_cuda.cpp", "bind_cuda.o", "$torch_flags")
             lines += [
                 f"nvcc = {cuda_home / 'bin' / 'nvcc'}",
                 "rule compile_cuda",
-                f"  command = $nvcc -std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden -Werror all-warnings "
+                "  command = $nvcc -std=c++20 -O3 "
+                "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xfatbin -compress-all "
                 f"{' '.join(cuda_architectures())} -I{CSRC} -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
@@ -177,10 +190,14 @@ class Build(build_ext):
                 lines.append(f"build {objects[-1]}: compile_cuda {source}")
             # The runtime is linked in: the library loads where no CUDA is installed.
             libraries += [
-                f"-L{cuda_home / 'lib64'}", f"-L{cuda_home / 'lib'}",
+                f"-L{cuda_home / 'lib64'}",
+                f"-L{cuda_home / 'lib'}",
                 *("-lcudart_static", "-lrt", "-ldl", "-lpthread"),
             ]
-        lines += [f"build {target}: link {' '.join(objects)}", f"  libraries = {' '.join(libraries)}"]
+        lines += [
+            f"build {target}: link {' '.join(objects)}",
+            f"  libraries = {' '.join(libraries)}",
+        ]
         return "\n".join([*lines, ""])
 
     def cuda_home(self) -> Path | None:
@@ -213,7 +230,16 @@ class Wheel(bdist_wheel):
 
 native = wants("GOSE_NATIVE") is not False
 setup(
-    ext_modules=[Extension("gose_kernels.libgose_kernels", sources=[])] if native else [],
+    ext_modules=[
+        Extension(
+            "gose_kernels.libgose_kernels",
+            sources=[],
+            # What the source distribution must carry.
+            depends=[str(f.relative_to(ROOT)) for f in sorted(CSRC.rglob("*")) if f.is_file()],
+        )
+    ]
+    if native
+    else [],
     cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     # Only where no torch can be found: a download that the package's own requirement needs anyway.
     setup_requires=["torch>=2.11"] if native and find_compiler() and find_torch() is None else [],

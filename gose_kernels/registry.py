@@ -45,6 +45,9 @@ class Observer(Protocol):
     ) -> Any: ...
 
 
+# Every op has a row for each of these; where one is not written, that is the reason given.
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
 # Filled and emptied by the context manager profiling.record() only.
 observers: list[Observer] = []
 
@@ -151,9 +154,13 @@ def triton(
     module: str,
     op: str,
     *dtypes: torch.dtype,
+    check: Callable[..., None] | None = None,
     unless: Callable[..., str | None] | None = None,
 ) -> Backend:
-    """The launcher `gose_kernels.triton.<module>.<op>`, imported when first run."""
+    """The launcher `gose_kernels.triton.<module>.<op>`, imported when first run.
+
+    A launcher trusts its arguments: `check(*args, **options)` raises what does not fit together.
+    """
 
     def why_not(*args: Any, **options: Any) -> str | None:
         return (
@@ -163,6 +170,8 @@ def triton(
         )
 
     def run(*args: Any, **options: Any) -> Any:
+        if check is not None:
+            check(*args, **options)
         launcher = getattr(importlib.import_module(f"gose_kernels.triton.{module}"), op)
         return launcher(*args, **options)
 
@@ -242,7 +251,12 @@ class Op:
     def reasons(self, *args: Any, **options: Any) -> dict[str, str | None]:
         """Backend name -> why it cannot run this call (None: it can), fastest first."""
         bound, bound_options, _ = self._bind(args, options)
-        return {b.name: b.why_not(*bound, **bound_options) for b in self.backends}
+        written = {b.name: b.why_not(*bound, **bound_options) for b in self.backends}
+        missing = {name: self._not_written(name) for name in BACKENDS if name not in written}
+        return {**missing, **written}
+
+    def _not_written(self, backend: str) -> str:
+        return f"{self.name} has no {backend} kernel"
 
     def cost_of(self, *args: Any, **options: Any) -> Cost:
         """Declared work of a call; zeros for an op that declares none."""
@@ -258,8 +272,10 @@ class Op:
                     return b
                 refused.append(f"  {b.name}: {reason}")
         if not refused:
-            known = ", ".join(b.name for b in self.backends)
-            raise ValueError(f"{self.name}: no backend named {backend!r}; there are: {known}")
+            if backend not in BACKENDS:
+                known = ", ".join(self.reasons(*args, **options))
+                raise ValueError(f"{self.name}: no backend named {backend!r}; there are: {known}")
+            refused.append(f"  {backend}: {self._not_written(backend)}")
         raise ValueError(
             f"{self.name}: backend {backend!r} cannot run this call\n" + "\n".join(refused)
         )
@@ -289,11 +305,14 @@ def _register_autocast(op: Op, names: tuple[str, ...]) -> None:
         keys = torch._C.DispatchKeySet(key)
 
         def cast(value: Any) -> Any:
-            # float64 is what gradient checks run in; autocast leaves it alone, as torch's own ops do.
-            if isinstance(value, Tensor) and value.is_floating_point():
-                if value.dtype != torch.float64 and value.device.type == device:
-                    return value.to(torch.get_autocast_dtype(device))
-            return value
+            # float64 is what gradient checks run in; like torch's own ops autocast leaves it alone.
+            castable = (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and value.dtype != torch.float64
+                and value.device.type == device
+            )
+            return value.to(torch.get_autocast_dtype(device)) if castable else value
 
         @op.overload.py_impl(key)  # type: ignore[untyped-decorator]
         def with_casts(*args: Any, **options: Any) -> Any:
