@@ -62,6 +62,7 @@ class Source(NamedTuple):
     files: tuple[File, ...]
     read: Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]]  # -> pixel_BHW in [0, 1], label_B
     command: str  # brings the set
+    debian_package: str = ""  # the one that `fetch` unpacks
 
 
 def _read_csv(contents: list[bytes], largest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,6 +150,7 @@ SOURCES: Mapping[str, Source] = {
         read=_read_idx,
         command="gose data fetch fashion-mnist --to DIR (then name DIR as root), "
         "or: apt-get install dataset-fashion-mnist",
+        debian_package="dataset-fashion-mnist",
     ),
 }
 
@@ -161,7 +163,7 @@ def load(name: str, *, side: int | None = None, root: str | Path | None = None) 
     Raises DataError if the set is missing or its content is not the pinned one.
     """
     source = source_of(name)
-    contents = [_content(path, name, file) for path, file in locate(name, root=root)]
+    contents = [verified(path, name, file) for path, file in locate(name, root=root)]
     pixel_BHW, label_B = source.read(contents)
     image_B1HW = torch.from_numpy(pixel_BHW).unsqueeze(1)
     return Examples(
@@ -196,7 +198,7 @@ def locate(name: str, *, root: str | Path | None = None) -> list[tuple[Path, Fil
 def check(name: str, *, root: str | Path | None = None) -> None:
     """Nothing, if every file of the set is there with the pinned content; DataError otherwise."""
     for path, file in locate(name, root=root):
-        _content(path, name, file)
+        verified(path, name, file)
 
 
 def source_of(name: str) -> Source:
@@ -222,17 +224,8 @@ def resized(image_B1HW: Tensor, side: int) -> Tensor:
     )
 
 
-def _home(home: str) -> Iterator[Path]:
-    if home.startswith("/"):
-        yield Path(home)
-        return
-    package, _, folder = home.partition("/")
-    spec = importlib.util.find_spec(package)  # of a top level package: nothing is imported
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        yield Path(place) / folder
-
-
-def _content(path: Path, name: str, file: File) -> bytes:
+def verified(path: Path, name: str, file: File) -> bytes:
+    """What the file of set `name` at `path` holds; DataError if that is not the pinned content."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as stream:
@@ -250,3 +243,13 @@ def _content(path: Path, name: str, file: File) -> bytes:
         f"data: set {name!r} is damaged: {path}: {reason}; remove the file and run: "
         f"{SOURCES[name].command}"
     )
+
+
+def _home(home: str) -> Iterator[Path]:
+    if home.startswith("/"):
+        yield Path(home)
+        return
+    package, _, folder = home.partition("/")
+    spec = importlib.util.find_spec(package)  # of a top level package: nothing is imported
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        yield Path(place) / folder
