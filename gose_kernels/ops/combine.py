@@ -43,13 +43,28 @@ def _check(name: str, y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> None:
         )
 
 
+def _check_forward(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> None:
+    _check("combine", y_ND, weight_TK, row_TK)
+
+
+def _check_backward(grad_TD: Tensor, y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> None:
+    _check("combine_backward", y_ND, weight_TK, row_TK)
+    if grad_TD.dtype != y_ND.dtype:
+        raise ValueError(f"combine_backward: grad_TD must be {y_ND.dtype}, got {grad_TD.dtype}")
+    wanted = (weight_TK.shape[0], y_ND.shape[1])
+    if grad_TD.shape != wanted:
+        raise ValueError(
+            f"combine_backward: grad_TD must have shape {wanted}, got {tuple(grad_TD.shape)}"
+        )
+
+
 def _check_rows(name: str, row_TK: Tensor, num_rows: int) -> None:
     if row_TK.numel() and not bool(((row_TK >= -1) & (row_TK < num_rows)).all()):
         raise ValueError(f"{name}: row_TK must hold rows in [0, N={num_rows}) or -1")
 
 
 def combine_reference(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
-    _check("combine", y_ND, weight_TK, row_TK)
+    _check_forward(y_ND, weight_TK, row_TK)
     _check_rows("combine", row_TK, y_ND.shape[0])
     out_TD = torch.zeros(
         weight_TK.shape[0], y_ND.shape[1], dtype=weight_TK.dtype, device=y_ND.device
@@ -67,7 +82,7 @@ def combine_backward_reference(
     grad_TD: Tensor, y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of y_ND (its dtype, zero in unused rows) and weight_TK."""
-    _check("combine_backward", y_ND, weight_TK, row_TK)
+    _check_backward(grad_TD, y_ND, weight_TK, row_TK)
     _check_rows("combine_backward", row_TK, y_ND.shape[0])
     used_TK = row_TK >= 0
     row_U = row_TK[used_TK].long()
@@ -83,7 +98,7 @@ def combine_backward_reference(
 
 
 def _fake(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor, *, backend: str | None = None) -> Tensor:
-    _check("combine", y_ND, weight_TK, row_TK)
+    _check_forward(y_ND, weight_TK, row_TK)
     return y_ND.new_empty(weight_TK.shape[0], y_ND.shape[1])
 
 
@@ -95,7 +110,7 @@ def _backward_fake(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check("combine_backward", y_ND, weight_TK, row_TK)
+    _check_backward(grad_TD, y_ND, weight_TK, row_TK)
     return y_ND.new_empty(y_ND.shape), weight_TK.new_empty(weight_TK.shape)
 
 
@@ -143,7 +158,7 @@ def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
 combine = register(
     "combine(Tensor y_ND, Tensor weight_TK, Tensor row_TK, *, str? backend=None) -> Tensor",
     native("cuda", "combine", float32, bfloat16, float16),
-    triton("combine", "combine", float32, bfloat16, float16),
+    triton("combine", "combine", float32, bfloat16, float16, check=_check_forward),
     native("cpu", "combine", float32, bfloat16, float16),
     reference(combine_reference),
     fake=_fake,
@@ -157,7 +172,7 @@ combine_backward = register(
     "combine_backward(Tensor grad_TD, Tensor y_ND, Tensor weight_TK, Tensor row_TK, *, "
     "str? backend=None) -> (Tensor, Tensor)",
     native("cuda", "combine_backward", float32, bfloat16, float16),
-    triton("combine", "combine_backward", float32, bfloat16, float16),
+    triton("combine", "combine_backward", float32, bfloat16, float16, check=_check_backward),
     native("cpu", "combine_backward", float32, bfloat16, float16),
     reference(combine_backward_reference),
     fake=_backward_fake,

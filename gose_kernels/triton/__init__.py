@@ -1,0 +1,1 @@
+"""Triton kernels with their launchers, one file per op; importing a file imports triton."""
