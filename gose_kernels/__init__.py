@@ -7,6 +7,7 @@ reason. `gk.ops` maps names to ops, `gk.explain(name)` tells what would run and 
 from gose_kernels import native, optim, philox, profiling
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
+from gose_kernels.ops.distill_loss import distill_loss
 from gose_kernels.ops.entropy import entropy
 from gose_kernels.ops.expert_mlp import expert_mlp
 from gose_kernels.ops.grouped_gemm import grouped_gemm
@@ -34,6 +35,7 @@ __all__ = [
     "dequantize",
     "dequantize_add_",
     "dispatch",
+    "distill_loss",
     "entropy",
     "expert_mlp",
     "explain",

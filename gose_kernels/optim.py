@@ -155,9 +155,9 @@ class _MaskedOptimizer(torch.optim.Optimizer):
             count = torch.where(before, 0, count)
         if self.freeze_state == "dropped":
             count = torch.where(frozen_now, 0, count)
-        count, mask = torch.broadcast_tensors(count, mask)
-        state["step"] = count.clone()
-        return mask.clone()
+        shape = (count != mask).shape
+        state["step"] = count.expand(shape).clone()
+        return mask.expand(shape).clone()
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
