@@ -248,3 +248,331 @@ combine = [
     CombineCase("huge_values", T=6, K=2, D=48, scale=3e3),
     CombineCase("tiny_values", T=6, K=2, D=48, scale=1e-6),
 ]
+
+
+# ---- grouped_gemm, expert_mlp, moe, squared_grad ---------------------------------------------
+
+
+def _offsets(kind: str, rows: int, experts: int) -> Tensor:
+    """int32 offsets of `rows` rows in `experts` groups."""
+    if kind == "one-expert":
+        load_E = torch.zeros(experts, dtype=torch.long)
+        load_E[experts // 2] = rows
+    elif kind == "empty-experts":
+        busy = (experts + 2) // 3
+        load_E = torch.zeros(experts, dtype=torch.long)
+        load_E[::3] = rows // busy
+        load_E[0] += rows - load_E.sum()
+    else:
+        assert kind == "uniform"
+        random = torch.Generator().manual_seed(5)
+        expert_N = torch.randint(0, max(experts, 1), (rows,), generator=random)
+        load_E = torch.bincount(expert_N, minlength=experts)
+    return torch.cat([load_E.new_zeros(1), load_E.cumsum(0)]).int()
+
+
+def _rows_apart(x: Tensor) -> Tensor:
+    """The same numbers in every second row of a larger tensor; the rows between hold NaN."""
+    wide = torch.full((2 * x.shape[0] + 1, x.shape[1] + 3), torch.nan).to(x)
+    return wide[1::2, 2:-1].copy_(x)
+
+
+@dataclass(frozen=True)
+class GroupedGemmCase:
+    """`unused` rows of NaN after the last group."""
+
+    N: int
+    E: int
+    F: int
+    D: int
+    kind: str = "uniform"
+    unused: int = 0
+    bias: bool = False
+    transposed: bool = False
+    strided: bool = False
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        flags = [n for n in ("bias", "transposed", "strided") if getattr(self, n)]
+        flags += [f"unused{self.unused}"] * (self.unused > 0)
+        flags += [f"scale{self.scale:g}"] * (self.scale != 1)
+        return "-".join([f"{self.N}x{self.E}x{self.F}x{self.D}", self.kind, *flags])
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], dict[str, Any]]:
+        """Positional arguments and options of `grouped_gemm`."""
+        random = torch.Generator().manual_seed(13)
+        x_ND = torch.randn(self.N, self.D, generator=random) * self.scale
+        x_ND[self.N - self.unused :] = torch.nan
+        shape = (self.D, self.F) if self.transposed else (self.F, self.D)
+        w_EFD = torch.randn(self.E, *shape, generator=random)
+        bias_EF = torch.randn(self.E, self.F, generator=random)
+        x_ND, w_EFD = x_ND.to(device, dtype), w_EFD.to(device, dtype)
+        if self.strided:
+            x_ND, w_EFD = _rows_apart(x_ND), w_EFD.mT.contiguous().mT
+        offset_E1 = _offsets(self.kind, self.N - self.unused, self.E).to(device)
+        bias = bias_EF.to(device, dtype) if self.bias else None
+        return (x_ND, w_EFD, offset_E1, bias), {"transposed": self.transposed}
+
+
+grouped_gemm = [
+    GroupedGemmCase(37, 5, 19, 23),
+    GroupedGemmCase(37, 5, 19, 23, bias=True),
+    GroupedGemmCase(37, 5, 19, 23, bias=True, transposed=True),
+    GroupedGemmCase(37, 5, 19, 23, "one-expert", bias=True),
+    GroupedGemmCase(41, 7, 16, 32, "empty-experts", transposed=True),
+    GroupedGemmCase(41, 7, 16, 32, unused=9, bias=True),
+    GroupedGemmCase(8, 3, 16, 32, unused=8),
+    GroupedGemmCase(50, 3, 64, 252, strided=True),
+    GroupedGemmCase(50, 3, 252, 37, strided=True, transposed=True, bias=True),
+    GroupedGemmCase(30, 4, 33, 48, scale=1e3),
+    GroupedGemmCase(30, 4, 33, 48, scale=1e-4),
+    GroupedGemmCase(1, 1, 1, 1, bias=True),
+    GroupedGemmCase(1, 64, 8, 8),
+    GroupedGemmCase(0, 3, 5, 7, bias=True),
+    GroupedGemmCase(0, 0, 5, 7),
+    GroupedGemmCase(6, 2, 0, 7),
+    GroupedGemmCase(6, 2, 5, 0, bias=True),
+]
+
+
+def _experts(kind: str, T: int, K: int, E: int) -> Tensor:
+    """int32 ids, different within a token where E allows; E is an unused slot."""
+    random = torch.Generator().manual_seed(17)
+    if kind == "one-expert":
+        return torch.full((T, K), E // 2, dtype=torch.int32)
+    if kind == "all-unused":
+        return torch.full((T, K), E, dtype=torch.int32)
+    ids = torch.rand(T, max(E, K), generator=random).argsort(dim=1)[:, :K] % max(E, 1)
+    if kind == "empty-experts":
+        ids = ids // 3 * 3
+    elif kind == "unused":
+        ids = ids.masked_fill(torch.rand(T, K, generator=random) < 0.4, E)
+        ids[::4] = E  # tokens without any expert
+    else:
+        assert kind == "uniform"
+    return ids.int()
+
+
+@dataclass(frozen=True)
+class ExpertMlpCase:
+    activation: str = "swiglu"
+    T: int = 13
+    K: int = 2
+    E: int = 5
+    D: int = 12
+    F: int = 9
+    kind: str = "uniform"
+    bias: bool = False
+    frozen: bool = False
+    strided: bool = False
+    scale: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        flags = [n for n in ("bias", "frozen", "strided") if getattr(self, n)]
+        flags += [n if v is True else f"{n}{v:g}" for n, v in self.options.items()]
+        flags += [f"scale{self.scale:g}"] * (self.scale != 1)
+        sizes = f"{self.T}x{self.K}-E{self.E}-{self.F}x{self.D}"
+        return "-".join([self.activation, sizes, self.kind, *flags])
+
+    @property
+    def hidden(self) -> int:
+        return 2 * self.F if self.activation in _GATED else self.F
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional arguments and options of `expert_mlp`."""
+        random = torch.Generator().manual_seed(19)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=random) * scale).to(device, dtype)
+
+        transposed = self.options.get("transposed", False)
+        x_TD = draw(self.T, self.D, scale=self.scale)
+        weight_TK = torch.rand(self.T, self.K, generator=random)
+        up_EHD = draw(self.E, self.hidden, self.D, scale=max(self.D, 1) ** -0.5)
+        down_EDF = draw(self.E, self.D, self.F, scale=max(self.F, 1) ** -0.5)
+        bias_up_EH, bias_down_ED = draw(self.E, self.hidden), draw(self.E, self.D)
+        frozen_E = torch.arange(self.E) % 3 == 1
+        frozen_EF = torch.rand(self.E, self.F, generator=random) < 0.4
+        if transposed:
+            up_EHD, down_EDF = up_EHD.mT.contiguous(), down_EDF.mT.contiguous()
+        expert_TK = _experts(self.kind, self.T, self.K, self.E).to(device)
+        weight_TK = weight_TK.to(device, torch.promote_types(dtype, torch.float32))
+        weight_TK[expert_TK == self.E] = torch.nan
+        x_TD[(expert_TK == self.E).all(dim=1)] = torch.nan
+        if self.strided:
+            x_TD, up_EHD = _rows_apart(x_TD), up_EHD.mT.contiguous().mT
+            weight_TK, expert_TK = weight_TK.t().contiguous().t(), expert_TK.t().contiguous().t()
+        return (
+            *(x_TD, weight_TK, expert_TK, up_EHD, down_EDF),
+            *((bias_up_EH, bias_down_ED) if self.bias else (None, None)),
+            *((frozen_E.to(device), frozen_EF.to(device)) if self.frozen else (None, None)),
+        ), {"activation": self.activation, **self.options}
+
+
+_GATED = ("swiglu", "swiglu_oai", "geglu", "geglu_tanh", "reglu")
+_UNGATED = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+_TURNED = {"transposed": True}
+_PAIRS = {"interleaved": True}
+
+expert_mlp = [
+    *(ExpertMlpCase(name) for name in (*_GATED, *_UNGATED)),
+    *(ExpertMlpCase(name, bias=True, options=_TURNED) for name in (*_GATED, *_UNGATED)),
+    *(ExpertMlpCase(name, bias=True, options=_PAIRS) for name in _GATED),
+    *(ExpertMlpCase(name, options={**_TURNED, **_PAIRS}) for name in _GATED),
+    *(ExpertMlpCase(name, scale=20, options={"limit": 1.5}) for name in _GATED),
+    ExpertMlpCase("swiglu_oai", scale=20, bias=True, options={**_PAIRS, "alpha": 0.9}),
+    ExpertMlpCase(kind="one-expert", K=3),
+    ExpertMlpCase(kind="empty-experts", E=8),
+    ExpertMlpCase(kind="unused", bias=True),
+    ExpertMlpCase("gelu", kind="unused", bias=True, frozen=True),
+    ExpertMlpCase(kind="all-unused", bias=True),
+    ExpertMlpCase(bias=True, frozen=True),
+    ExpertMlpCase(frozen=True, options={**_TURNED, **_PAIRS}),
+    ExpertMlpCase("relu2", frozen=True, bias=True, options=_TURNED),
+    ExpertMlpCase(strided=True, bias=True),
+    ExpertMlpCase(strided=True, options=_TURNED),
+    ExpertMlpCase(T=37, K=4, E=7, D=252, F=37),
+    ExpertMlpCase("silu", T=70, K=3, E=3, D=64, F=96, bias=True),
+    ExpertMlpCase(scale=1e-4),
+    ExpertMlpCase(T=0, bias=True),
+    ExpertMlpCase(K=0),
+    ExpertMlpCase(T=1, K=1, E=1, D=1, F=1, bias=True),
+    ExpertMlpCase(T=1, K=8, E=64),
+    ExpertMlpCase(E=0, kind="all-unused"),
+    ExpertMlpCase(F=0, bias=True),
+    ExpertMlpCase("relu", D=0, bias=True),
+]
+
+
+@dataclass(frozen=True)
+class MoeCase:
+    """`score` says what ranks the experts: router, logits, or neither (entropies alone)."""
+
+    score: str = "router"
+    top_k: int = 2
+    T: int = 13
+    E: int = 5
+    D: int = 12
+    F: int = 9
+    entropy: str = ""
+    bias: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = [f"{v}" if k == "policy" else f"{k}={v}" for k, v in self.options.items()]
+        sizes = f"{self.T}x{self.E}top{self.top_k}-{self.F}x{self.D}"
+        parts = [sizes, self.score, *options, *(["bias"] if self.bias else [])]
+        return "-".join([*parts, *([f"entropy_{self.entropy}"] if self.entropy else [])])
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional arguments and options of `moe`."""
+        activation = self.options.get("activation", "swiglu")
+        mlp = ExpertMlpCase(activation, self.T, self.top_k, self.E, self.D, self.F, bias=self.bias)
+        (x_TD, _, _, up_EHD, down_EDF, *biases, _, _), _ = mlp.build(dtype, device)
+        random = torch.Generator().manual_seed(23)
+        router_ED = torch.randn(self.E, self.D, generator=random).to(device, dtype)
+        logits_TE = torch.randn(self.T, self.E, generator=random).to(device, dtype)
+        shape = {"": (), "E": (self.E,), "TE": (self.T, self.E)}[self.entropy]
+        H = torch.rand(shape, generator=random, dtype=torch.float64).to(device, dtype)
+        return (
+            *(x_TD, up_EHD, down_EDF, self.top_k),
+            router_ED if self.score == "router" else None,
+            logits_TE if self.score == "logits" else None,
+            *biases,
+            *(None, None),
+            H if self.entropy == "TE" else None,
+            H if self.entropy == "E" else None,
+        ), dict(self.options)
+
+
+moe = [
+    MoeCase(),
+    MoeCase("logits"),
+    MoeCase(options={"renormalize": True}, bias=True),
+    MoeCase(options={"policy": "sigmoid", "activation": "geglu"}),
+    MoeCase(options={"policy": "expert_choice", "capacity": 4}),
+    MoeCase(options={"capacity": 3}),
+    MoeCase("logits", top_k=3, options={"adaptive": "mass", "mass": 0.6}),
+    MoeCase("neither", options={"policy": "egs"}, entropy="TE"),
+    MoeCase("neither", options={"policy": "egs", "activation": "relu"}, entropy="E"),
+    MoeCase("logits", options={"policy": "egs", "tau": 0.3}, entropy="TE"),
+    MoeCase(top_k=5),
+    MoeCase(T=0),
+    MoeCase(T=1, E=64, top_k=8),
+    MoeCase(T=37, E=7, D=252, F=37),
+]
+
+
+@dataclass(frozen=True)
+class SquaredGradCase:
+    """`samples`: "rows" (each row its own), "runs" of 1 to 5 rows, "shuffled" runs, "one"."""
+
+    N: int
+    D: int
+    F: int
+    samples: str = "rows"
+    E: int | None = None
+    kind: str = "uniform"
+    unused: int = 0
+    strided: bool = False
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        parts = [f"{self.N}x{self.F}x{self.D}", self.samples]
+        parts += [f"E{self.E}-{self.kind}"] * (self.E is not None)
+        parts += [f"unused{self.unused}"] * (self.unused > 0) + ["strided"] * self.strided
+        return "-".join(parts + [f"scale{self.scale:g}"] * (self.scale != 1))
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Arguments of `squared_grad`."""
+        random = torch.Generator().manual_seed(29)
+        x_ND = torch.randn(self.N, self.D, generator=random).to(device, dtype)
+        grad_NF = (torch.randn(self.N, self.F, generator=random) * self.scale).to(device, dtype)
+        if self.unused:
+            x_ND[-self.unused :] = torch.nan
+            grad_NF[-self.unused :] = torch.nan
+        start = torch.rand(self.N, generator=random) < 0.4
+        sample_N = {
+            "rows": torch.arange(self.N),
+            "runs": start.cumsum(0),
+            "shuffled": (start.cumsum(0) - 7)[torch.randperm(self.N, generator=random)],
+            "one": torch.full((self.N,), 3),
+        }[self.samples]
+        if self.strided:
+            x_ND, grad_NF = _rows_apart(x_ND), _strided(grad_NF)
+        return (
+            x_ND,
+            grad_NF,
+            None if self.samples == "rows" else sample_N.int().to(device),
+            None
+            if self.E is None
+            else _offsets(self.kind, self.N - self.unused, self.E).to(device),
+        )
+
+
+squared_grad = [
+    *(SquaredGradCase(40, 11, 7, samples) for samples in ("rows", "runs", "shuffled", "one")),
+    *(SquaredGradCase(40, 11, 7, s, E=4) for s in ("rows", "runs", "shuffled", "one")),
+    SquaredGradCase(40, 11, 7, "shuffled", E=4, kind="one-expert"),
+    SquaredGradCase(40, 11, 7, "runs", E=7, kind="empty-experts", unused=5),
+    SquaredGradCase(40, 11, 7, "rows", E=3, unused=40),
+    SquaredGradCase(33, 252, 37, "runs", strided=True),
+    SquaredGradCase(33, 37, 252, "rows", strided=True),
+    SquaredGradCase(40, 11, 7, "runs", scale=1e-6),
+    SquaredGradCase(40, 11, 7, "rows", scale=1e6),
+    SquaredGradCase(1, 1, 1),
+    SquaredGradCase(1, 1, 1, "one"),
+    SquaredGradCase(0, 3, 4),
+    SquaredGradCase(0, 3, 4, "runs", E=2),
+    SquaredGradCase(5, 0, 4, "runs"),
+    SquaredGradCase(5, 3, 0, "runs"),
+]
