@@ -11,6 +11,7 @@ from gose_kernels.ops.distill_loss import distill_loss
 from gose_kernels.ops.entropy import entropy
 from gose_kernels.ops.expert_mlp import expert_mlp
 from gose_kernels.ops.grouped_gemm import grouped_gemm
+from gose_kernels.ops.low_rank import low_rank
 from gose_kernels.ops.masked_update import masked_adam_, masked_lion_, masked_sgd_
 from gose_kernels.ops.moe import moe
 from gose_kernels.ops.quantize import (
@@ -40,6 +41,7 @@ __all__ = [
     "expert_mlp",
     "explain",
     "grouped_gemm",
+    "low_rank",
     "masked_adam_",
     "masked_lion_",
     "masked_sgd_",

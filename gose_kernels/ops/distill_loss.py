@@ -14,7 +14,7 @@ teacher_tail_B the teacher's probability (at this tau) of all other classes toge
 (1 - tail) * softmax(teacher / tau) on the J classes and KL that of J + 1 outcomes, the last one
 being "another class": a lower bound of the whole KL, equal to it for J = C.
 
-student        float32 | bfloat16 | float16 | float64  [B, C], C >= 1, unit column stride
+student        float32 | bfloat16 | float16 | float64  [B, C], C >= 1, any strides
 teacher        the same dtypes                         [B, C], or [B, J] with teacher_id_BJ
 label          int64 [B] in [0, C), or floating point [B, C] not negative (need not sum to 1)
 weight_B       floating point [B] or None = 1
@@ -276,14 +276,9 @@ def distill_loss_backward_reference(
 ) -> Tensor:
     """Gradient of student_BC, in its dtype; grad has the shape and dtype of the loss."""
     tensors = (student_BC, teacher, label, weight_B, task_weight_B, teacher_id_BJ, teacher_tail_B)
-    options = {
-        "task_weight": task_weight,
-        "tau": tau,
-        "label_smoothing": label_smoothing,
-        "kl_reduction": kl_reduction,
-        "reduction": reduction,
-    }
-    _check_backward(grad, *tensors, **options)
+    options = (task_weight, tau, label_smoothing, kl_reduction, reduction)
+    _check("distill_loss_backward", *tensors, *options)
+    _check_grad(grad, student_BC, reduction)
     B, C = student_BC.shape
     _check_values("distill_loss_backward", C, label, task_weight_B, teacher_id_BJ, teacher_tail_B)
     logit_BC = student_BC.to(grad.dtype)
@@ -310,9 +305,8 @@ def _loss_like(student_BC: Tensor, reduction: str = "mean", **_options: Any) -> 
     return student_BC.new_empty(shape, dtype=torch.promote_types(student_BC.dtype, float32))
 
 
-def _check_backward(grad: Tensor, student_BC: Tensor, *tensors: Any, **options: Any) -> None:
-    _check("distill_loss_backward", student_BC, *tensors, **options)
-    wanted = _loss_like(student_BC, **options)
+def _check_grad(grad: Tensor, student_BC: Tensor, reduction: str = "mean", **_options: Any) -> None:
+    wanted = _loss_like(student_BC, reduction)
     if grad.shape != wanted.shape or grad.dtype != wanted.dtype:
         raise ValueError(
             f"distill_loss_backward: grad must be {wanted.dtype} of shape {tuple(wanted.shape)}, "
@@ -328,7 +322,8 @@ def _fake(student_BC: Tensor, *tensors: Any, backend: str | None = None, **optio
 def _backward_fake(
     grad: Tensor, student_BC: Tensor, *tensors: Any, backend: str | None = None, **options: Any
 ) -> Tensor:
-    _check_backward(grad, student_BC, *tensors, **options)
+    _check("distill_loss_backward", student_BC, *tensors, **options)
+    _check_grad(grad, student_BC, **options)
     return student_BC.new_empty(student_BC.shape)
 
 
