@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -54,26 +55,21 @@ observers: list[Observer] = []
 OPS: dict[str, Op] = {}
 
 
-def _tensors(args: Sequence[object]) -> list[Tensor]:
-    found: list[Tensor] = []
+def _tensors(args: Iterable[object]) -> Iterator[Tensor]:
+    """Every tensor among the arguments, also those inside lists."""
     for a in args:
         if isinstance(a, Tensor):
-            found.append(a)
+            yield a
         elif isinstance(a, (list, tuple)):
-            found.extend(t for t in a if isinstance(t, Tensor))
-    return found
-
-
-def _first_float(args: Sequence[object]) -> torch.dtype | None:
-    return next((t.dtype for t in _tensors(args) if t.is_floating_point()), None)
+            yield from (t for t in a if isinstance(t, Tensor))
 
 
 def _dtype_reason(args: Sequence[object], dtypes: tuple[torch.dtype, ...]) -> str | None:
-    dtype = _first_float(args)
-    if dtypes and dtype is not None and dtype not in dtypes:
-        wanted = " | ".join(str(d).removeprefix("torch.") for d in dtypes)
-        return f"takes {wanted}, got {str(dtype).removeprefix('torch.')}"
-    return None
+    dtype = next((t.dtype for t in _tensors(args) if t.is_floating_point()), None)
+    if not dtypes or dtype is None or dtype in dtypes:
+        return None
+    wanted = " | ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return f"takes {wanted}, got {str(dtype).removeprefix('torch.')}"
 
 
 def _device_reason(args: Sequence[object], device: str) -> str | None:
@@ -83,6 +79,7 @@ def _device_reason(args: Sequence[object], device: str) -> str | None:
     return None
 
 
+@cache
 def cuda_reason() -> str | None:
     """Why CUDA kernels cannot run in this process, or None."""
     if torch.version.cuda is None:
@@ -92,18 +89,19 @@ def cuda_reason() -> str | None:
     return None
 
 
+@cache
 def triton_interprets() -> bool:
-    """True when Triton kernels run on CPU tensors through Triton's interpreter."""
+    """True when Triton kernels run on CPU tensors: Triton reads TRITON_INTERPRET once, as we do."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _triton_reason(args: Sequence[object]) -> str | None:
+@cache
+def triton_reason() -> str | None:
+    """Why Triton kernels cannot run in this process, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install 'gose[gpu]'"
     if triton_interprets():
-        return _device_reason(args, "cpu")
-    if (reason := _device_reason(args, "cuda")) is not None:
-        return reason
+        return None
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built without CUDA or ROCm"
     return None if torch.cuda.is_available() else "no GPU or driver is visible to torch"
@@ -164,7 +162,8 @@ def triton(
 
     def why_not(*args: Any, **options: Any) -> str | None:
         return (
-            _triton_reason(args)
+            _device_reason(args, "cpu" if triton_interprets() else "cuda")
+            or triton_reason()
             or _dtype_reason(args, dtypes)
             or (unless(*args, **options) if unless is not None else None)
         )
