@@ -105,7 +105,8 @@ class _Builder(interpreter.InterpreterBuilder):  # type: ignore[misc]
             inside |= (begin >= first) & (end <= last)
         if not inside.all():
             raise IndexError(
-                f"program {self.grid_idx}: {verb} of {(~inside).sum()} elements outside every tensor"
+                f"program {self.grid_idx}: {verb} of {(~inside).sum()} elements "
+                "outside every tensor"
             )
 
     def create_masked_load(self, pointers: Any, mask: Any, *others: Any) -> TensorHandle:
