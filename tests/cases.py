@@ -568,11 +568,327 @@ squared_grad = [
     SquaredGradCase(33, 252, 37, "runs", strided=True),
     SquaredGradCase(33, 37, 252, "rows", strided=True),
     SquaredGradCase(40, 11, 7, "runs", scale=1e-6),
-    SquaredGradCase(40, 11, 7, "rows", scale=1e6),
+    SquaredGradCase(40, 11, 7, "rows", scale=1e4),
     SquaredGradCase(1, 1, 1),
     SquaredGradCase(1, 1, 1, "one"),
     SquaredGradCase(0, 3, 4),
     SquaredGradCase(0, 3, 4, "runs", E=2),
     SquaredGradCase(5, 0, 4, "runs"),
     SquaredGradCase(5, 3, 0, "runs"),
+]
+
+
+# ---- quantize, low_rank ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class QuantizeCase:
+    """Values of one kind; with_residual and frozen give the optional arguments."""
+
+    kind: str
+    shape: tuple[int, ...]
+    with_residual: bool = False
+    frozen: str = ""  # "element", "row", "all"
+    strided: bool = False
+
+    def __str__(self) -> str:
+        flags = [n for n in ("with_residual", "frozen", "strided") if getattr(self, n)]
+        return "-".join([self.kind, "x".join(map(str, self.shape)), *flags, self.frozen]).strip("-")
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        random = torch.Generator().manual_seed(5)
+        x = torch.randn(self.shape, generator=random)
+        residual = 0.01 * torch.randn(self.shape, generator=random)
+        frozen = torch.rand(self.shape, generator=random) < 0.6
+        flat = x.view(-1)
+        if self.kind == "zeros":
+            x.zero_()
+        elif self.kind == "constant":
+            x.fill_(-0.3)
+        elif self.kind == "ties":  # codes n + 1/2 at a scale of exactly 1
+            flat.copy_(torch.arange(x.numel()) % 12 - 6 + 0.5)
+            flat[::64] = 127.0
+        elif self.kind == "subnormal":
+            x *= 1e-41
+        elif self.kind == "smallest":  # one float32 step above zero, and zeros
+            x.copy_(torch.where(x > 1, 1.4e-45, 0.0))
+        elif self.kind == "tiny":  # below the smallest float16 scale
+            x *= 1e-9
+        elif self.kind == "large":  # float16 scales saturate, float32 ones do not
+            x *= 1e9
+        elif self.kind == "largest":
+            x.copy_(torch.where(x > 0, 1.0, -1.0) * torch.finfo(torch.float32).max)
+        elif self.kind == "spike":  # one element sets the scale of its block
+            flat[x.numel() // 2] = 1e4
+        elif self.kind == "scales":  # every block at another magnitude
+            flat *= 2.0 ** (torch.arange(x.numel()) // 64 % 120 - 60)
+        else:
+            assert self.kind == "normal"
+        if self.frozen == "row":
+            frozen = frozen[:, :1]
+        elif self.frozen == "all":
+            frozen = torch.ones((), dtype=torch.bool)
+        if self.frozen:
+            x[frozen.expand(x.shape)] = torch.nan  # frozen elements may hold anything
+        x = _strided(x.to(device, dtype)) if self.strided else x.to(device, dtype)
+        return (
+            x,
+            residual.to(device) if self.with_residual else None,
+            frozen.to(device) if self.frozen else None,
+        )
+
+
+quantize = [
+    *(QuantizeCase(kind, (700,)) for kind in ("normal", "zeros", "constant", "ties", "spike")),
+    *(QuantizeCase(kind, (300,)) for kind in ("subnormal", "smallest", "tiny", "large", "largest")),
+    QuantizeCase("scales", (4001,)),
+    *(QuantizeCase("normal", (P,)) for P in (0, 1, 2, 63, 64, 65, 255, 256, 257)),
+    QuantizeCase("normal", ()),
+    QuantizeCase("normal", (37, 11), with_residual=True),
+    QuantizeCase("normal", (37, 11), frozen="element"),
+    QuantizeCase("normal", (37, 11), with_residual=True, frozen="element"),
+    QuantizeCase("spike", (40, 16), with_residual=True, frozen="row"),
+    QuantizeCase("normal", (37, 11), with_residual=True, frozen="all"),
+    QuantizeCase("zeros", (5, 64), with_residual=True),
+    QuantizeCase("tiny", (5, 64), with_residual=True),
+    QuantizeCase("large", (5, 64), with_residual=True),
+    QuantizeCase("normal", (23, 29), with_residual=True, frozen="element", strided=True),
+]
+
+
+@dataclass(frozen=True)
+class LowRankCase:
+    M: int
+    N: int
+    R: int
+    kind: str = "normal"
+    with_residual: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.M}x{self.N}r{self.R}-{self.kind}{'' if self.with_residual else '-plain'}"
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        random = torch.Generator().manual_seed(13)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+        x, q, residual = draw(self.M, self.N), draw(self.N, self.R), 0.1 * draw(self.M, self.N)
+        if self.kind == "zeros":
+            x, residual = torch.zeros_like(x), torch.zeros_like(residual)
+        elif self.kind == "rank-one":
+            x, residual = draw(self.M, 1) @ draw(1, self.N), torch.zeros_like(residual)
+        elif self.kind == "zero-factor":
+            q = torch.zeros_like(q)
+        elif self.kind == "equal-columns":
+            q = q[:, :1].expand(-1, self.R).contiguous()
+        elif self.kind == "huge":
+            x, residual = x * 1e15, residual * 1e15
+        elif self.kind == "tiny":
+            x, residual = x * 1e-15, residual * 1e-15
+        elif self.kind == "transposed":
+            x = x.t().contiguous().t()
+        exact = torch.promote_types(dtype, torch.float32)
+        return (
+            x.to(device, dtype),
+            q.to(device, exact),
+            residual.to(device, exact) if self.with_residual else None,
+        )
+
+
+low_rank = [
+    LowRankCase(37, 29, 4),
+    LowRankCase(37, 29, 1),
+    LowRankCase(37, 29, 4, with_residual=False),
+    *(LowRankCase(40, 24, 3, kind) for kind in ("zeros", "rank-one", "zero-factor", "huge")),
+    *(LowRankCase(40, 24, 3, kind) for kind in ("equal-columns", "tiny", "transposed")),
+    LowRankCase(3, 2, 1),
+    LowRankCase(3, 252, 2),
+    LowRankCase(252, 3, 2),
+    LowRankCase(65, 64, 32),
+]
+
+# ---- distill_loss ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DistillCase:
+    """Arguments and options of distill_loss; J > 0 gives a top-J teacher cache."""
+
+    B: int
+    C: int
+    kind: str = "normal"
+    soft: bool = False
+    weighed: bool = False  # weight_B and task_weight_B, zeros among them
+    J: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        flags = [n for n in ("soft", "weighed") if getattr(self, n)]
+        given = [f"{k}={v}" for k, v in self.options.items()]
+        top = [f"top{self.J}"] if self.J else []
+        return "-".join([f"{self.B}x{self.C}", self.kind, *top, *flags, *given])
+
+    def build(
+        self, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Logits, ids, tail and weights are numbers of `dtype`, so float64 truth sees the same."""
+        random = torch.Generator().manual_seed(17)
+        shape = (self.B, self.C)
+        student = torch.randn(shape, generator=random, dtype=torch.float64)
+        teacher = 2 * torch.randn(shape, generator=random, dtype=torch.float64)
+        if self.kind == "equal":
+            teacher = student.clone()
+        elif self.kind == "one-hot":
+            teacher = torch.zeros_like(teacher).scatter_(1, teacher.argmax(1, keepdim=True), 1e3)
+        elif self.kind == "masked":  # classes the teacher cannot give, one that neither can
+            teacher = teacher.masked_fill(teacher < -0.5, -torch.inf)
+            teacher[:, 0] = 0.25
+            teacher[:, -1] = student[:, -1] = -torch.inf
+        elif self.kind == "missing":  # the student has no probability where the teacher has some
+            student[:, 1] = -torch.inf
+        elif self.kind == "huge":
+            student, teacher = student * 1e4, teacher * 1e4
+        elif self.kind == "tiny":
+            student, teacher = student * 1e-4, teacher * 1e-4
+        elif self.kind == "shifted":
+            student, teacher = student + 300, teacher - 300
+        student, teacher = student.to(dtype), teacher.to(dtype)
+        label = torch.randint(0, max(self.C - 1, 1), (self.B,), generator=random)
+        if self.soft:
+            label = torch.rand(shape, generator=random, dtype=torch.float64).to(dtype)
+            label[:, -1] = 0
+        weight = torch.rand(self.B, generator=random, dtype=torch.float64).to(dtype)
+        task_weight = torch.rand(self.B, generator=random, dtype=torch.float64).to(dtype)
+        weight[::5], task_weight[1::5], task_weight[2::5] = 0, 0, 1
+        ids = tail = None
+        if self.J:
+            teacher, ids = teacher.topk(self.J, dim=1)
+            tail = torch.rand(self.B, generator=random, dtype=torch.float64).to(dtype)
+            tail[::3] = 0
+            tail = torch.zeros_like(tail) if self.J == self.C else tail
+        tensors = (
+            student,
+            teacher,
+            label,
+            weight if self.weighed else None,
+            task_weight if self.weighed else None,
+            ids,
+            tail,
+        )
+        on_device = tuple(None if t is None else t.to(device) for t in tensors)
+        return on_device, dict(self.options)
+
+
+distill_loss = [
+    *(DistillCase(7, 37, kind) for kind in ("normal", "equal", "one-hot", "masked", "missing")),
+    *(DistillCase(7, 37, kind) for kind in ("huge", "tiny", "shifted")),
+    *(DistillCase(7, 37, options={"tau": tau}) for tau in (0.1, 4.0, 100.0)),
+    *(DistillCase(7, 37, "masked", options={"tau": tau}) for tau in (0.1, 100.0)),
+    DistillCase(7, 37, "one-hot", options={"tau": 0.1}),
+    DistillCase(7, 37, "tiny", options={"tau": 100.0}),
+    DistillCase(7, 37, options={"label_smoothing": 0.1}),
+    DistillCase(7, 37, options={"kl_reduction": "numel"}),
+    DistillCase(7, 37, options={"reduction": "none"}),
+    DistillCase(7, 37, "missing", options={"task_weight": 1.0}),
+    DistillCase(7, 37, options={"task_weight": 0.0}),
+    DistillCase(7, 37, soft=True, options={"label_smoothing": 0.2, "tau": 2.0}),
+    DistillCase(7, 37, "masked", soft=True),
+    DistillCase(11, 37, weighed=True, options={"reduction": "none", "tau": 2.0}),
+    DistillCase(11, 37, "missing", soft=True, weighed=True),
+    DistillCase(7, 37, J=5, options={"tau": 2.0}),
+    DistillCase(7, 37, J=37, options={"tau": 2.0}),
+    DistillCase(7, 37, "masked", J=5),
+    DistillCase(7, 37, "equal", J=1, options={"reduction": "none"}),
+    DistillCase(7, 37, "one-hot", J=3, weighed=True, options={"kl_reduction": "numel"}),
+    DistillCase(0, 5),
+    DistillCase(0, 5, options={"reduction": "none"}),
+    DistillCase(1, 1),
+    DistillCase(1, 1, J=1),
+    DistillCase(1, 2, soft=True),
+    DistillCase(2, 1000, options={"tau": 3.0}),
+]
+
+# ---- masked_sgd_, masked_adam_, masked_lion_ -------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UpdateCase:
+    """Tensors of several shapes, each with its mask kind; the options fit the op of that name."""
+
+    op: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    masks: tuple[str, ...] = ("element", "row", "none", "all")
+    grad: str = "normal"  # "frozen-nan": NaN and infinity where frozen, "huge", "zero"
+    scaled: bool = False
+    strided: bool = False
+
+    def __str__(self) -> str:
+        given = [f"{k}={v}" for k, v in self.options.items()]
+        flags = [n for n in ("scaled", "strided") if getattr(self, n)]
+        masks = "+".join(self.masks) or "no_mask"
+        return "-".join([self.op, *given, masks, self.grad, *flags])
+
+    def build(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, ...]:
+        """param, grad, states (random, as in mid-training), frozen, lr, grad_scale."""
+        random = torch.Generator().manual_seed(19)
+        shapes = ((6, 5), (4, 3, 2), (7,), (1, 1))
+        num_states = {"masked_sgd_": 1, "masked_adam_": 3, "masked_lion_": 1}[self.op]
+
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            drawn = torch.randn(shape, generator=random, dtype=torch.float64).to(device, dtype)
+            return _strided(drawn) if self.strided else drawn
+
+        param, grad = [draw(s) for s in shapes], [draw(s) for s in shapes]
+        states = [[draw(s) for s in shapes] for _ in range(num_states)]
+        for state in states[1:]:  # second moments
+            state[:] = [t.square_() for t in state]
+        frozen = []
+        for kind, p in zip(self.masks, param, strict=bool(self.masks)):
+            drawn = torch.rand(p.shape, generator=random) < 0.5
+            first = (slice(None),) + (slice(0, 1),) * (p.dim() - 1)
+            frozen.append(
+                {
+                    "element": drawn,
+                    "row": drawn[first],
+                    "none": torch.tensor(False),
+                    "all": torch.tensor(True),
+                }[kind].to(device)
+            )
+        for mask, g in zip(frozen, grad, strict=False):
+            if self.grad == "frozen-nan":
+                bad = torch.where(torch.rand(g.shape, generator=random) < 0.5, torch.nan, torch.inf)
+                g.copy_(torch.where(mask, bad.to(g), g))
+        if self.grad in ("huge", "zero"):
+            for g in grad:
+                g.mul_(1e15 if self.grad == "huge" else 0.0)
+        lr = torch.tensor(0.01, dtype=torch.float64, device=device)
+        scale = torch.tensor(0.25, device=device) if self.scaled else None
+        return param, grad, states, frozen, lr, scale
+
+
+_ADAM = ({}, {"decoupled": False, "weight_decay": 0.1}, {"weight_decay": 0.1, "eps": 1e-3})
+_SGD = ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1})
+_LION = ({}, {"weight_decay": 0.1}, {"maximize": True})
+
+masked_update = [
+    *(UpdateCase("masked_adam_", options) for options in _ADAM),
+    *(UpdateCase("masked_sgd_", options) for options in _SGD),
+    *(UpdateCase("masked_lion_", options) for options in _LION),
+    UpdateCase("masked_adam_", {"amsgrad": True, "maximize": True, "weight_decay": 0.01}),
+    UpdateCase("masked_sgd_", {"maximize": True, "weight_decay": 0.01}),
+    *(
+        UpdateCase(op, {"weight_decay": 0.1}, grad="frozen-nan", scaled=True)
+        for op in ("masked_adam_", "masked_sgd_", "masked_lion_")
+    ),
+    *(UpdateCase(op, masks=()) for op in ("masked_adam_", "masked_sgd_", "masked_lion_")),
+    UpdateCase("masked_adam_", {"weight_decay": 0.1}, strided=True),
+    UpdateCase("masked_sgd_", {"momentum": 0.5}, grad="huge", strided=True),
+    UpdateCase("masked_adam_", grad="huge"),
+    UpdateCase("masked_adam_", grad="zero"),
+    UpdateCase("masked_lion_", grad="zero"),
 ]

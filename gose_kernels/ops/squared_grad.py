@@ -17,7 +17,7 @@ returns    square_EFD, square_bias_EF in float32 (float64 for float64)
 Batches [B, T, D]: pass x.flatten(0, 1), grad.flatten(0, 1) and sample_N = b of each row. Rows in
 dispatch order: x[token_N], grad[token_N] and sample_N = sample_T[token_N].
 Weights in [E, D, F] layout: swap x and grad; the bias is then not that of the layer.
-No gradient: the outputs are statistics.
+No gradient: the outputs are statistics. Autocast changes nothing.
 
 One token per sample is the product (grad^2)^T (x^2): one GEMM. Otherwise per-sample gradients are
 made and squared in blocks of at most 4 Mi elements; [B, F, D] never exists.
@@ -117,10 +117,11 @@ def squared_grad_reference(
         square_FD = square_EFD if offset_E1 is None else square_EFD[e]
         square_F = square_bias_EF if offset_E1 is None else square_bias_EF[e]
         x_nD, grad_nF = x_ND[start:stop].to(dtype), grad_NF[start:stop].to(dtype)
-        if sample_N is None:
-            _add_rows_(square_FD, square_F, x_nD, grad_nF)
-        else:
-            _add_samples_(square_FD, square_F, x_nD, grad_nF, sample_N[start:stop])
+        with torch.autocast(x_ND.device.type, enabled=False):
+            if sample_N is None:
+                _add_rows_(square_FD, square_F, x_nD, grad_nF)
+            else:
+                _add_samples_(square_FD, square_F, x_nD, grad_nF, sample_N[start:stop])
     return square_EFD, square_bias_EF
 
 
