@@ -1,0 +1,307 @@
+"""Figures as SVG text: heat map, lines, points.
+
+Plain strings, so a report needs no plotting package and its bytes depend on its numbers alone.
+Colours are CSS variables of the page that shows them (--series-1 .. --series-8, --ink, --muted,
+--grid, --surface), so one figure serves light and dark.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+Point = tuple[float, float]
+Format = Callable[[float], str]
+
+NUM_COLORS = 8
+_CHAR = 7.2  # px per character at 12 px in a wide sans-serif
+# Light to dark blue; the text on a cell turns white where the fill is darker than the middle.
+_RAMP = ("#cde2fb", "#9ec5f4", "#6da7ec", "#3987e5", "#256abf", "#184f95", "#0d366b")
+_WIDTH, _HEIGHT = 640.0, 300.0
+_LEFT, _TOP, _BOTTOM = 68.0, 14.0, 44.0
+
+
+def heat_map(
+    values_QQ: Sequence[Sequence[float | None]],
+    *,
+    title: str,
+    low: float,
+    high: float,
+    row_label: str,
+    column_label: str,
+    form: Format,
+) -> str:
+    """One square matrix; cells go from `low` (light) to `high` (dark), their numbers inside.
+
+    Rows and columns are numbered from 1; None leaves a cell empty.
+    """
+    size, cell_w, cell_h, left, top = len(values_QQ), 56.0, 34.0, 44.0, 46.0
+    width, height = left + size * cell_w + 4, top + size * cell_h + 26
+    parts = [_text(left, 14, title, weight=600)]
+    for i in range(size):
+        parts.append(_text(left + (i + 0.5) * cell_w, top - 8, str(i + 1), anchor="middle"))
+        parts.append(_text(left - 10, top + (i + 0.5) * cell_h + 4, str(i + 1), anchor="end"))
+    for i, row in enumerate(values_QQ):
+        for j, value in enumerate(row):
+            if value is None:
+                continue
+            share = 1.0 if high <= low else min(max((value - low) / (high - low), 0.0), 1.0)
+            x, y = left + j * cell_w, top + i * cell_h
+            hint = f"{title}: {row_label} {i + 1}, {column_label} {j + 1}: {form(value)}"
+            ink = "#ffffff" if share > 0.5 else "#0b0b0b"
+            parts.append(
+                f'<g><title>{escape(hint)}</title><rect x="{x + 1:.1f}" y="{y + 1:.1f}" '
+                f'width="{cell_w - 2:.1f}" height="{cell_h - 2:.1f}" rx="3" fill="{_ramp(share)}"/>'
+                f'<text x="{x + cell_w / 2:.1f}" y="{y + cell_h / 2 + 4:.1f}" '
+                f'text-anchor="middle" style="fill:{ink}">{escape(form(value))}</text></g>'
+            )
+    parts.append(_text(left, height - 8, f"{column_label} →", muted=True))
+    middle = top + size * cell_h / 2
+    parts.append(
+        f'<text class="muted" transform="translate(12 {middle:.1f}) rotate(-90)" '
+        f'text-anchor="middle">← {escape(row_label)}</text>'
+    )
+    return _svg(width, height, parts, f"Heat map: {title}")
+
+
+def lines(
+    series: Mapping[str, Sequence[Point]],
+    *,
+    x_label: str,
+    y_label: str,
+    y_form: Format,
+    x_ticks: Mapping[float, str],
+    y_range: Point | None = None,
+    dividers: Sequence[float] = (),
+) -> str:
+    """One line with dots per series, named at its right end; at most NUM_COLORS series.
+
+    y_range: None shows what the values need.
+    x_ticks: position -> text below the axis. dividers: positions of vertical lines.
+    """
+    names = list(series)
+    right = 20 + _CHAR * max((len(name) for name in names), default=0)
+    xs = [x for points in series.values() for x, _ in points]
+    ys = [y for points in series.values() for _, y in points]
+    x_range = min(xs, default=0.0), max(xs, default=1.0)
+    frame = _Frame(x_range, y_range or _padded(ys), left=_LEFT, right=right, x_inset=14)
+    parts = [frame.horizontal_grid(y_form), frame.labels(x_label, y_label)]
+    for divider in dividers:
+        x = frame.x(divider)
+        parts.append(
+            f'<line class="divider" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{frame.y0}"/>'
+        )
+    for position, text in x_ticks.items():
+        parts.append(_text(frame.x(position), frame.y0 + 18, text, anchor="middle", muted=True))
+    ends: list[tuple[float, int]] = []
+    for index, (name, points) in enumerate(series.items()):
+        color = _color(index)
+        path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in points)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+        for x, y in points:
+            hint = f"{name}: {y_form(y)} at {x_label} {x:g}"
+            parts.append(_dot(frame.x(x), frame.y(y), 4, color, hint))
+        if points:
+            ends.append((frame.y(points[-1][1]), index))
+    for y, index in _spread(ends, gap=15, low=_TOP, high=frame.y0):
+        x = _WIDTH - right + 10
+        parts.append(_dot(x, y, 4, _color(index), names[index]))
+        parts.append(_text(x + 9, y + 4, names[index]))
+    return _svg(_WIDTH, _HEIGHT, parts, f"Lines: {y_label} over {x_label}")
+
+
+def points(
+    series: Mapping[str, Sequence[Point]],
+    *,
+    x_label: str,
+    y_label: str,
+    x_form: Format,
+    y_form: Format,
+) -> str:
+    """Per series a large dot with its name at the mean, and small ones for members; x from 0."""
+    means = {name: _mean(members) for name, members in series.items() if members}
+    xs = [x for members in series.values() for x, _ in members]
+    ys = [y for members in series.values() for _, y in members]
+    frame = _Frame(
+        (0.0, max(xs, default=1.0) or 1.0), _padded(ys), left=_LEFT, right=24, x_inset=14
+    )
+    parts = [frame.horizontal_grid(y_form), frame.labels(x_label, y_label)]
+    for tick in _ticks(*frame.x_range):
+        parts.append(
+            _text(frame.x(tick), frame.y0 + 18, _short(x_form(tick)), anchor="middle", muted=True)
+        )
+    taken: list[_Box] = []
+    centers = {name: (frame.x(x), frame.y(y)) for name, (x, y) in means.items()}
+    for index, (name, (x, y)) in enumerate(centers.items()):
+        color = _color(index)
+        for member in series[name] if len(series[name]) > 1 else ():
+            hint = f"{name}, one seed: {x_form(member[0])}, {y_form(member[1])}"
+            spot = frame.x(member[0]), frame.y(member[1])
+            parts.append(_dot(*spot, 3, color, hint, opacity=0.45))
+            taken.append((spot[0] - 3, spot[1] - 3, spot[0] + 3, spot[1] + 3))
+        taken.append((x - 7, y - 7, x + 7, y + 7))
+    for index, (name, (x, y)) in enumerate(centers.items()):
+        mean_x, mean_y = means[name]
+        hint = f"{name}, mean: {x_form(mean_x)}, {y_form(mean_y)}"
+        parts.append(_dot(x, y, 6, _color(index), hint))
+        box = _place(name, x, y, taken, (frame.x0, _TOP, _WIDTH, frame.y0))
+        taken.append(box)
+        leftwards = box[2] <= x
+        anchor = "end" if leftwards else "start"
+        parts.append(_text(box[2] if leftwards else box[0], box[3] - 4, name, anchor=anchor))
+    return _svg(_WIDTH, _HEIGHT, parts, f"Points: {y_label} against {x_label}")
+
+
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+class _Frame:
+    """The plotting area: from numbers to pixels."""
+
+    def __init__(
+        self, x_range: Point, y_range: Point, *, left: float, right: float, x_inset: float
+    ) -> None:
+        self.x_range, self.y_range = x_range, y_range
+        self.x0, self.x1, self.y0 = left, _WIDTH - right, _HEIGHT - _BOTTOM
+        self._inset = x_inset  # keeps the outermost dots off the edges
+
+    def x(self, value: float) -> float:
+        low, high = self.x_range
+        share = 0.5 if high <= low else (value - low) / (high - low)
+        return self.x0 + self._inset + share * (self.x1 - self.x0 - 2 * self._inset)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        return self.y0 - (value - low) / (high - low) * (self.y0 - _TOP)
+
+    def horizontal_grid(self, form: Format) -> str:
+        parts = []
+        for tick in _ticks(*self.y_range):
+            y = self.y(tick)
+            parts.append(
+                f'<line class="grid" x1="{self.x0}" x2="{self.x1:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+            parts.append(_text(self.x0 - 6, y + 4, _short(form(tick)), anchor="end", muted=True))
+        return "".join(parts)
+
+    def labels(self, x_label: str, y_label: str) -> str:
+        middle = (self.x0 + self.x1) / 2
+        below = _text(middle, _HEIGHT - 6, x_label, anchor="middle", muted=True)
+        y = (_TOP + self.y0) / 2
+        return (
+            f'{below}<text class="muted" transform="translate(12 {y:.1f}) rotate(-90)" '
+            f'text-anchor="middle">{escape(y_label)}</text>'
+        )
+
+
+def _place(name: str, x: float, y: float, taken: Sequence[_Box], area: _Box) -> _Box:
+    """The first free place for a label beside the dot at (x, y)."""
+    w, h = len(name) * _CHAR, 16.0
+    offsets = [(10.0, -h / 2), (-10.0 - w, -h / 2), (-w / 2, -10 - h), (-w / 2, 10.0)]
+    offsets += [(dx, dy) for dy in (-26.0, 10.0, -42.0, 26.0, 42.0) for dx in (10.0, -10.0 - w)]
+    boxes = [(x + dx, y + dy, x + dx + w, y + dy + h) for dx, dy in offsets]
+    inside = [
+        b
+        for b in boxes
+        if b[0] >= area[0] and b[1] >= area[1] and b[2] <= area[2] and b[3] <= area[3]
+    ]
+    free = [b for b in inside if not any(_overlap(b, other) for other in taken)]
+    return (free or inside or boxes)[0]
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _spread(
+    ends: Sequence[tuple[float, int]], *, gap: float, low: float, high: float
+) -> list[tuple[float, int]]:
+    """The ends with y moved apart to at least `gap`, within [low, high] where they fit."""
+    moved: list[tuple[float, int]] = []
+    for y, index in sorted(ends):
+        moved.append((max(y, moved[-1][0] + gap) if moved else max(y, low), index))
+    limit = high
+    for i in range(len(moved) - 1, -1, -1):
+        moved[i] = (min(moved[i][0], limit), moved[i][1])
+        limit = moved[i][0] - gap
+    return moved
+
+
+def _padded(values: Sequence[float]) -> Point:
+    """A range that shows the values, a tenth of their spread beyond them, rounded to ticks."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    margin = 0.1 * (high - low) or 0.05 * abs(high) or 0.5
+    step = _step(low - margin, high + margin)
+    return math.floor((low - margin / 2) / step) * step, math.ceil(
+        (high + margin / 2) / step
+    ) * step
+
+
+def _step(low: float, high: float) -> float:
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = _step(low, high)
+    first = math.ceil(low / step - 1e-6)
+    return [i * step for i in range(first, math.floor(high / step + 1e-6) + 1)]
+
+
+def _short(text: str) -> str:
+    """A round number without its decimals: "5.00 MB" as "5 MB"."""
+    return re.sub(r"\.0+(?!\d)", "", text)
+
+
+def _mean(members: Sequence[Point]) -> Point:
+    return sum(x for x, _ in members) / len(members), sum(y for _, y in members) / len(members)
+
+
+def _color(index: int) -> str:
+    return f"var(--series-{index % NUM_COLORS + 1})"
+
+
+def _ramp(share: float) -> str:
+    position = share * (len(_RAMP) - 1)
+    at = min(int(position), len(_RAMP) - 2)
+    mixed = (
+        round(
+            int(_RAMP[at][i : i + 2], 16) * (at + 1 - position)
+            + int(_RAMP[at + 1][i : i + 2], 16) * (position - at)
+        )
+        for i in (1, 3, 5)
+    )
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def _dot(x: float, y: float, r: float, color: str, hint: str, *, opacity: float = 1.0) -> str:
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:g}" fill="{color}" fill-opacity="{opacity:g}" '
+        f'stroke="var(--surface)" stroke-width="1.5"><title>{escape(hint)}</title></circle>'
+    )
+
+
+def _text(
+    x: float,
+    y: float,
+    text: str,
+    *,
+    anchor: str = "start",
+    muted: bool = False,
+    weight: int = 400,
+) -> str:
+    kind = ' class="muted"' if muted else ""
+    return (
+        f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" '
+        f'font-weight="{weight}">{escape(text)}</text>'
+    )
+
+
+def _svg(width: float, height: float, parts: Sequence[str], label: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
+        f'role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )
