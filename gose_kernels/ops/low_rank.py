@@ -3,10 +3,10 @@
     y_MN = x_MN + residual_MN
     p_MR = an orthonormal basis of the columns of y_MN @ q_NR
     q'_NR = y_MN.T @ p_MR
-    residual'_MN = y_MN - p_MR @ q'_NR.T                    [PowerSGD: Vogels et al. 2019, Algorithm 1]
+    residual'_MN = y_MN - p_MR @ q'_NR.T          [PowerSGD: Vogels et al. 2019, Algorithm 1]
 
 x_MN         float32 | bfloat16 | float16 | float64, any strides
-q_NR         float32 (float64 with a float64 x): q' of the call before (warm start) or random numbers
+q_NR         float32 (float64 with a float64 x): q' of the last call (warm start) or random numbers
 residual_MN  dtype of q, or None: no error feedback, and the third output is empty
 returns      p_MR, q'_NR, residual'_MN, dtype of q, in which everything is computed
 
@@ -14,8 +14,8 @@ The receiver's matrix is p @ q'.T. Both factors go through `quantize` like any t
 feedback of the pair is then y - p_decoded @ q_decoded.T, which the caller forms.
 R * (M + N) must be below M * N: more would send more than the matrix itself, and raises; this also
 keeps R below min(M, N). Where y @ q has a rank below R, its missing columns are any orthonormal
-completion, so a q of zeros (a matrix that did not change) can start again. Signs of columns of p and
-q' are free in pairs: backends agree on p @ q'.T, not on the factors.
+completion, so a q of zeros (a matrix that did not change) can start again. Column signs of p and q'
+are free in pairs: backends agree on p @ q'.T, not on the factors.
 NaN or infinity in y raises on torch and cpu and spreads on cuda and triton (a check would sync).
 """
 

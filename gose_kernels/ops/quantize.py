@@ -29,8 +29,8 @@ weight      rounded to float32
 
 Every operation is one correctly rounded float32 operation (never a fused multiply-add, never a
 multiplication by a reciprocal), so all backends give the same bytes. Hence |y - q * scale| is at
-most scale / 2 (nearest) or scale (stochastic) plus the rounding of y / scale; y beyond 127 * 65504
-saturates in the float16 formats, and the residual keeps the rest.
+most scale / 2 (nearest) or scale (stochastic) plus the rounding of y / scale. |y| beyond qmax *
+65504 saturates in the float16 formats, and the residual keeps the rest.
 NaN or infinity in y raises on torch and cpu and makes the scale NaN on cuda and triton (a check
 would sync); a scale that is negative, NaN or infinite raises in the decoders on torch and cpu. Any
 code byte is valid: -128 and -8 never leave the encoder and decode as such. L = 0: empty outputs.
