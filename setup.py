@@ -4,6 +4,7 @@ stable ABI. All else about the package stands in pyproject.toml.
 GOSE_NATIVE=1  a missing compiler or missing torch headers is an error (default: the package
                installs without compiled kernels and `gose doctor` says so); 0 does not compile
 GOSE_CUDA=0|1  without, with CUDA kernels (default: with them when nvcc is found)
+CUDA_HOME      the CUDA toolkit (default: that of the nvcc on the PATH, or /usr/local/cuda)
 TORCH_CUDA_ARCH_LIST  CUDA architectures, default "8.0;9.0a;10.0a" and PTX of 9.0
 A compiler that fails is an error in every case.
 """
@@ -59,6 +60,8 @@ def find_compiler() -> str | None:
 
 def find_cuda_home() -> Path | None:
     """The toolkit's folder; nvcc on the PATH may be a wrapper script, so ask it where it lives."""
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home) if Path(home, "bin", "nvcc").exists() else None
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
     if not Path(nvcc).exists():
         return None
@@ -206,7 +209,10 @@ class Build(build_ext):
             return None
         home = find_cuda_home()
         if home is None and wanted:
-            sys.exit("setup.py: GOSE_CUDA=1, but no nvcc is on the PATH or in /usr/local/cuda")
+            sys.exit(
+                "setup.py: GOSE_CUDA=1, but there is no nvcc in CUDA_HOME, on the PATH "
+                "or in /usr/local/cuda"
+            )
         return home
 
     def get_ext_filename(self, fullname: str) -> str:

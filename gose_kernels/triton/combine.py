@@ -89,7 +89,16 @@ def combine(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     block_d, num_warps = _block(D, y_ND.element_size())
     with torch.cuda.device_of(y_ND):
         _combine_kernel[(T, triton.cdiv(D, block_d))](
-            y_ND, weight_TK, row_TK, out_TD, y_ND.stride(0), D, K, block_d, num_warps=num_warps
+            y_ND,
+            weight_TK,
+            row_TK,
+            out_TD,
+            y_ND.stride(0),
+            D,
+            K,
+            block_d,
+            num_warps=num_warps,
+            enable_fp_fusion=True,
         )
     return out_TD
 
@@ -120,5 +129,6 @@ def combine_backward(
             K,
             block_d,
             num_warps=num_warps,
+            enable_fp_fusion=True,
         )
     return grad_y_ND, grad_weight_TK

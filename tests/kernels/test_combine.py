@@ -84,7 +84,7 @@ def test_unused_slots_hide_nan(backend: str) -> None:
     assert torch.equal(got, torch.tensor([[2.0, 4.0]]))
 
 
-@pytest.mark.parametrize("backend", backends_of("combine"))
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_same_bits_for_any_number_of_threads(backend: str) -> None:
     y_ND, weight_TK, row_TK = cases.CombineCase("threads", T=997, K=3, D=129).build(torch.float32)
     before = torch.get_num_threads()
@@ -100,6 +100,26 @@ def test_same_bits_for_any_number_of_threads(backend: str) -> None:
         torch.set_num_threads(before)
     for other in outputs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", [p for p in backends_of("combine") if p.id == "triton"])
+def test_same_bits_for_any_order_of_programs(backend: str) -> None:
+    """No program reads or overwrites what another one writes."""
+    from tests import triton_interpreter
+
+    y_ND, weight_TK, row_TK = cases.CombineCase("order", T=9, K=3, D=2500, unused=0.2).build(
+        torch.float32
+    )
+    args = (y_ND[:9], y_ND, weight_TK, row_TK)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        grads = torch.ops.gose.combine_backward(*args, backend=backend)
+        return (gk.combine(*args[1:], backend=backend), *grads)
+
+    forwards = run()
+    with triton_interpreter.programs_backwards():
+        backwards = run()
+    assert all(torch.equal(a, b) for a, b in zip(forwards, backwards, strict=True))
 
 
 @given(st.integers(0, 40), st.integers(1, 4), st.integers(0, 40), st.randoms())
