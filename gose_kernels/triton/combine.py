@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_THREADS_PER_WARP = 32
+_THREADS_PER_WARP = 64 if torch.version.hip else 32
 _BYTES_PER_LOAD = 16  # widest load of one thread
-_MAX_WARPS = 4
+_MAX_THREADS = 128
 
 
 @triton.jit
@@ -68,11 +68,10 @@ def _combine_backward_kernel(
     tl.store(grad_weight_ptr + n, tl.sum(acc, axis=0))
 
 
-def _block(D: int, item_bytes: int) -> tuple[int, int]:
+def _block(D: int, item_bytes: int, threads_per_warp: int = _THREADS_PER_WARP) -> tuple[int, int]:
     """Columns of one program and its warps: one widest load a thread, never wider than D needs."""
-    bytes_per_warp = _THREADS_PER_WARP * _BYTES_PER_LOAD
-    block_d = min(triton.next_power_of_2(D), _MAX_WARPS * bytes_per_warp // item_bytes)
-    return block_d, max(1, block_d * item_bytes // bytes_per_warp)
+    block_d = min(triton.next_power_of_2(D), _MAX_THREADS * _BYTES_PER_LOAD // item_bytes)
+    return block_d, max(1, block_d * item_bytes // (_BYTES_PER_LOAD * threads_per_warp))
 
 
 def _unit_columns(x: Tensor) -> Tensor:
