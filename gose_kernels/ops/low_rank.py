@@ -64,7 +64,7 @@ def low_rank_reference(
             f"low_rank: x_MN + residual_MN must be finite, element ({row}, {column}) is "
             f"{float(y_MN[row, column])}"
         )
-    p_MR = torch.linalg.qr(y_MN @ q_NR).Q
+    p_MR = torch.linalg.qr(y_MN @ q_NR).Q.contiguous()  # LAPACK gives columns
     q_NR = y_MN.T @ p_MR
     if residual_MN is None:
         return p_MR, q_NR, q_NR.new_empty(0, 0)
