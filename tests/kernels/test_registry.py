@@ -51,7 +51,9 @@ def test_named_backend_runs_or_raises_its_reason() -> None:
         doubled(torch.ones(3), backend="picky")
     with pytest.raises(ValueError, match="picky: it is Sunday"):
         doubled(torch.ones(3), backend="picky")
-    with pytest.raises(ValueError, match=r"no backend named 'gpu'; there are: cuda, .*picky, torch"):
+    with pytest.raises(
+        ValueError, match=r"no backend named 'gpu'; there are: cuda, .*picky, torch"
+    ):
         doubled(torch.ones(3), backend="gpu")
     with pytest.raises(ValueError, match="cuda: test_double has no cuda kernel"):
         doubled(torch.ones(3), backend="cuda")
