@@ -118,6 +118,10 @@ class BackwardCall(NamedTuple):
     need_bias_up: bool = False
     need_bias_down: bool = False
 
+    @property
+    def need_pre(self) -> bool:
+        return self.need_x or self.need_up or self.need_bias_up
+
 
 def _want(holds: bool, argument: str, wanted: str, got: object) -> None:
     if not holds:
@@ -273,18 +277,18 @@ def _gradients(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(shape if need else (0,)) for need, like, shape in shapes)
 
 
-def _unfrozen(call: MlpCall, e: int) -> tuple[Tensor, Tensor] | None:
+def _unfrozen(call: MlpCall, e: int) -> tuple[Tensor | slice, Tensor | slice] | None:
     """Rows of w_up and columns of w_down that get a gradient; None if the expert is frozen."""
     if call.frozen_E is not None and bool(call.frozen_E[e]):
         return None
-    num_units = call.down_EFD.shape[1]
-    unit_F = torch.arange(num_units, device=call.x_TD.device)
-    if call.frozen_EF is not None:
-        unit_F = unit_F[~call.frozen_EF[e]]
+    if call.frozen_EF is None:
+        return slice(None), slice(None)
+    unit_f = (~call.frozen_EF[e]).nonzero()[:, 0]
     if not call.act.gated:
-        return unit_F, unit_F
-    pair = (2 * unit_F, 2 * unit_F + 1) if call.interleaved else (unit_F, num_units + unit_F)
-    return torch.cat(pair), unit_F
+        return unit_f, unit_f
+    num_units = call.down_EFD.shape[1]
+    pair = (2 * unit_f, 2 * unit_f + 1) if call.interleaved else (unit_f, num_units + unit_f)
+    return torch.cat(pair), unit_f
 
 
 def expert_mlp_backward_reference(*args: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -292,8 +296,6 @@ def expert_mlp_backward_reference(*args: Any, **options: Any) -> tuple[Tensor, .
     _check_backward(call, back)
     gradients = tuple(t.zero_() for t in _gradients(call, back))
     _, grad_weight_TK, grad_up, grad_down, grad_bias_up_EH, grad_bias_down_ED = gradients
-    grad_up_EDH = grad_up if call.transposed else grad_up.mT
-    grad_down_EFD = grad_down if call.transposed else grad_down.mT
     plan, dtype = _plan(call, call.w_up_EHD.shape[0]), call.x_TD.dtype
     used_TK = plan.row_TK >= 0
     weight_N = call.weight_TK.new_zeros(call.expert_TK.numel())
@@ -301,11 +303,14 @@ def expert_mlp_backward_reference(*args: Any, **options: Any) -> tuple[Tensor, .
     grad_weight_N = torch.zeros_like(weight_N)
     grad_x_ND = call.x_TD.new_zeros(weight_N.numel() if back.need_x else 0, call.x_TD.shape[1])
     for e, rows, token_n in plan.groups():
-        x_nD, grad_nD, weight_n1 = call.x_TD[token_n], back.grad_TD[token_n], weight_N[rows, None]
+        grad_nD, weight_n1 = back.grad_TD[token_n], weight_N[rows, None]
         pre_nH = back.pre_NH[rows].to(call.sum_dtype)
-        a_nF = _activate(pre_nH, call)
-        grad_a_nF = (grad_nD @ call.down_EFD[e].mT).to(call.sum_dtype)
-        grad_pre_nH = (weight_n1 * _activate_backward(grad_a_nF, pre_nH, call)).to(dtype)
+        if back.need_weight or back.need_down:
+            a_nF = _activate(pre_nH, call)
+        if back.need_weight or back.need_pre:
+            grad_a_nF = (grad_nD @ call.down_EFD[e].mT).to(call.sum_dtype)
+        if back.need_pre:
+            grad_pre_nH = (weight_n1 * _activate_backward(grad_a_nF, pre_nH, call)).to(dtype)
         if back.need_weight:
             grad_weight_N[rows] = (grad_a_nF * a_nF).sum(dim=1)
             if call.bias_down_ED is not None:
@@ -317,9 +322,11 @@ def expert_mlp_backward_reference(*args: Any, **options: Any) -> tuple[Tensor, .
             continue
         row_h, unit_f = unfrozen
         if back.need_up:
-            grad_up_EDH[e][:, row_h] = x_nD.mT @ grad_pre_nH[:, row_h]
+            into_DH = grad_up[e] if call.transposed else grad_up[e].mT
+            into_DH[:, row_h] = call.x_TD[token_n].mT @ grad_pre_nH[:, row_h]
         if back.need_down:
-            grad_down_EFD[e][unit_f] = (weight_n1 * a_nF).to(dtype)[:, unit_f].mT @ grad_nD
+            into_FD = grad_down[e] if call.transposed else grad_down[e].mT
+            into_FD[unit_f] = (weight_n1 * a_nF).to(dtype)[:, unit_f].mT @ grad_nD
         if back.need_bias_up:
             grad_bias_up_EH[e][row_h] = grad_pre_nH[:, row_h].sum(dim=0)
         if back.need_bias_down:
@@ -411,12 +418,13 @@ def _train_cost(*args: Any, **options: Any) -> Cost:
 
 
 def _backward_cost(*args: Any, **options: Any) -> Cost:
-    """Every slot used, no expert frozen; the gradient of the activation always counted."""
+    """Every slot used, nothing frozen."""
     call, back = _bind_backward(args, options)
     _, H, F, D = check(call)
     written = sum(g.numel() * g.element_size() for g in _gradients(call, back))
     read = (back.pre_NH.numel() + back.grad_TD.numel()) * call.x_TD.element_size()
-    products = F + back.need_x * H + back.need_up * H + back.need_down * F
+    need_a = back.need_weight or back.need_pre
+    products = (need_a + back.need_down) * F + (back.need_x + back.need_up) * H
     flops = 2 * call.expert_TK.numel() * D * products
     return Cost(call.x_TD.shape[0], _moved(call) + read + written, flops)
 
