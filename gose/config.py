@@ -19,12 +19,17 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
+
+from gose.data import TaskSpec
+from gose.data.sources import SOURCES
 
 
 def _as_items(value: object) -> object:
@@ -52,55 +57,83 @@ class Section(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 
 class DataConfig(Section, frozen=True):
-    """Which images the teacher and the stream see; all tasks share one head of ten classes."""
+    """Which images the teacher and the stream see; the teacher learns the first task."""
 
     tasks: Many[str] = Field(
         default=("mnist-5k", "mnist-5k.rotate90", "digits", "mnist-5k.invert"), min_length=1
     )
-    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)  # of the training images
+    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)  # of what is not for test
+    test_fraction: float = Field(default=0.2, gt=0, lt=0.5)
+    train_per_class: PositiveInt | None = None  # None: all
+    side: int = Field(default=28, ge=7)  # images are resized to side x side pixels
     root: str | None = None  # folder with the user's own copies; None: installed packages
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_exist(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(tasks)) != len(tasks):
+            raise ValueError(f"must differ from each other, got {list(tasks)}")
+        return tuple(TaskSpec.parse(task).name for task in tasks)
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head: one for every class id that a source of the stream has."""
+        return max(SOURCES[TaskSpec.parse(task).source].num_classes for task in self.tasks)
 
 
 class TeacherConfig(Section, frozen=True):
-    """The model that is trained (or loaded) once, cut into stages and retired."""
+    """The model that is trained once, cut into stages and retired."""
 
     width: PositiveInt = 256
+    hidden: PositiveInt = 512  # units of a residual block
     num_blocks: PositiveInt = 2  # residual blocks per stage
     epochs: PositiveInt = 10
     batch_size: PositiveInt = 64
     lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.05
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
 
 
 class DistillConfig(Section, frozen=True):
-    """Module-to-module distillation of the teacher's stages into small modules."""
+    """How the small modules come about; scratch: end to end from labels, without the teacher."""
 
-    method: Literal["m2m", "none"] = "m2m"
-    width: PositiveInt = 64
-    meta_epochs: PositiveInt = 2
-    epochs: PositiveInt = 3  # per module
-    finetune_epochs: NonNegativeInt = 1  # of the assembled student
-    lr: PositiveFloat = 1e-3
-    tau: PositiveFloat = 2.0
-    task_weight: float = Field(
-        default=0.5, ge=0, le=1
-    )  # weight of the label term; the rest follows the teacher
+    method: Literal["m2m", "scratch"] = "m2m"
+    width: PositiveInt = 96
+    hidden: Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_as_items)] = (
+        96,
+        96,
+        384,
+    )  # units of the one block of stem, body and expert
+    start: Literal["recycled", "random"] = "recycled"  # slices of the teacher's stages, or fresh
+    frozen_fraction: float = Field(default=0.1, ge=0, le=1)  # of recycled weights, most sensitive
+    sensitivity_images: PositiveInt = 1000
+    meta_hidden: PositiveInt = 128
+    meta_epochs: PositiveInt = 6
+    epochs: PositiveInt = 5  # per module
+    finetune_epochs: PositiveInt = 8  # of the assembled student
+    batch_size: PositiveInt = 64
+    lr: PositiveFloat = 2e-3
+    tau: PositiveFloat = 1.0
+    task_weight: float = Field(default=0.5, ge=0, le=1)  # of the label term, mean over images
+    uncertainty_span: float = Field(default=0.0, ge=0, le=1)  # see plasticity.task_weights
 
 
 class PreserveConfig(Section, frozen=True):
-    """Which parameters are frozen after a task."""
+    """Which parameters of the shared modules are frozen after a task."""
 
     method: Literal["fisher", "random", "none"] = "fisher"
-    fraction: float = Field(
-        default=0.3, ge=0, le=1
-    )  # of the still free elements, frozen after each task
+    fraction: float = Field(default=0.6, ge=0, le=1)  # of the still free elements of each tensor
+    images: PositiveInt = 500  # at most, per site and task
 
 
 class RouteConfig(Section, frozen=True):
     """How an input chooses the experts that run."""
 
-    method: Literal["posterior", "static", "uniform"] = "posterior"
+    method: Literal["posterior", "static", "sample", "uniform", "all"] = "posterior"
     top_k: PositiveInt = 1
     entropy_floor: PositiveFloat = 0.05  # normalised entropy; weights are 1 / (H + floor)
+    tau: PositiveFloat = 0.1  # posterior: weights are softmax(-surprise / tau)
+    win_temperature: PositiveFloat = 0.1  # of the soft wins; smaller is nearer to counting
 
 
 class SitesConfig(Section, frozen=True):
@@ -108,10 +141,13 @@ class SitesConfig(Section, frozen=True):
 
     num_sites: PositiveInt = 3
     dirichlet_alpha: PositiveFloat = 0.3  # smaller: more skewed classes per site
-    rounds: PositiveInt = 3  # per task
-    local_epochs: PositiveInt = 1  # per round
+    rounds: PositiveInt = 8  # per task
+    steps: PositiveInt = 25  # per round and site
     batch_size: PositiveInt = 32
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 2e-3
+    shared_lr_factor: float = Field(default=0.25, ge=0)  # stem and body learn slower than experts
+    weight_decay: NonNegativeFloat = 0.01
+    prior_weight: float = Field(default=1.0, ge=0)  # of the site's class frequencies in its logits
 
 
 class CodecConfig(Section, frozen=True):
@@ -119,12 +155,13 @@ class CodecConfig(Section, frozen=True):
 
     method: Literal["int8_b256_f32", "int8_b64_f16", "int4_b64_f16", "none"] = "int8_b256_f32"
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    error_feedback: bool = True
 
 
 class MergeConfig(Section, frozen=True):
     """How the packets of a round become one graph; none: every site stays alone."""
 
-    method: Literal["fisher", "mean", "none"] = "fisher"
+    method: Literal["mean", "fisher", "none"] = "mean"
 
 
 class SystemConfig(Section, frozen=True):
