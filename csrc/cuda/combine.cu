@@ -4,11 +4,14 @@ namespace gose::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+// 64 registers a thread. Left alone, ptxas aims at 40 on sm_100a and spills.
+constexpr int kBlocksPerMultiprocessor = 8;
 
 // One thread per token and kLanes columns: threadIdx.x walks columns, threadIdx.y tokens. Reads K
 // rows, writes one: memory bound, no row is shared between tokens, so no shared memory.
 template <typename Float, int kLanes>
-__global__ void __launch_bounds__(kThreads, 8) combine_kernel(const CombineParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    combine_kernel(const CombineParams p) {
   using Lanes = Vector<Float, kLanes>;
   const int64_t t = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t d = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * kLanes;
@@ -33,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 8) combine_kernel(const CombineParam
 
 // One warp per slot: it alone reads and writes that row, and sums grad . y in a fixed order.
 template <typename Float, int kLanes>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     combine_backward_kernel(const CombineBackwardParams p) {
   using Lanes = Vector<Float, kLanes>;
   const int64_t slot = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
