@@ -1,0 +1,3 @@
+from gose.cli import main
+
+main()

@@ -1,0 +1,341 @@
+"""The command line: run, show, data, doctor, explain. Nothing below this file prints."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table as Grid
+
+import gose
+import gose_kernels as gk
+from gose import config, rundir, system
+from gose import doctor as machine
+from gose import report as reports
+from gose.data import DataError, TaskSpec
+from gose.data import commands as data_commands
+from gose.data.sources import locate
+from gose.recipes import RECIPES
+from gose.report.text import quantity
+from gose.rundir import Progress, RunDir
+
+app = typer.Typer(
+    help="Graph of specialized experts: recycle retired models, route by entropy, merge sites.",
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data_commands.app, name="data")
+
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+_LINE_SECONDS = 5.0  # between progress lines where there is no terminal to draw a bar on
+
+
+class _Stopped(BaseException):
+    """A signal asked the run to stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main() -> None:
+    """Entry point of `gose` and of `python -m gose`."""
+    app(prog_name="gose")
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(gose.__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def run(
+    recipe: Annotated[
+        str | None, typer.Argument(help=f"{', '.join(RECIPES)}, or a config as a .toml file.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A new directory; without it runs/RECIPE-<n>.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe and write its report. Stopped at any moment, it can be resumed."""
+    with ExitStack() as stack:
+        stack.enter_context(_signals_stop())
+        with _bad_input_exits_2():
+            if resume is None:
+                chosen = config.override(_config_of(recipe), settings or [])
+                _refuse_missing_data(chosen)
+                opened = rundir.create(out or _free(recipe), chosen)
+            elif recipe or settings or out:
+                raise ValueError("--resume takes no RECIPE, --set or --out: a run keeps its config")
+            else:
+                opened = rundir.resume(resume)
+            directory = stack.enter_context(opened)
+        _work(directory)
+    path = directory.path
+    if as_json:
+        rows = rundir.read_rows(path / rundir.METRICS)
+        files = {"run": path, "report_html": path / "report.html", "report_md": path / "report.md"}
+        kinds = {kind: [r for r in rows if r.get("kind") == kind] for kind in ("claim", "summary")}
+        _print_json({name: str(file) for name, file in files.items()} | kinds)
+    else:
+        _print_parts(part for part in reports.read(path).parts if part.title == "Claims")
+        typer.echo(f"report: {path / 'report.html'}")
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a run.")],
+    write: Annotated[
+        bool, typer.Option("--report", help="Write report.html and report.md again.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a run has found so far."""
+    with _bad_input_exits_2():
+        found = reports.read(path)
+        done, total = rundir.status(path)
+        rows = rundir.read_rows(path / rundir.METRICS)
+        environment = rundir.read_environment(path)
+        if write:
+            reports.write(path)
+    html = path / "report.html"
+    if as_json:
+        kinds = dict.fromkeys(str(row.get("kind")) for row in rows)
+        _print_json(
+            {
+                "run": str(path),
+                "units_done": done,
+                "units_total": total,
+                "report_html": str(html) if html.exists() else None,
+                "environment": environment,
+                "rows": {kind: [row for row in rows if row.get("kind") == kind] for kind in kinds},
+            }
+        )
+        return
+    typer.echo(f"{found.title}: {found.standing}")
+    _print_parts(found.parts)
+    if html.exists():
+        typer.echo(f"report: {html}")
+    if not 0 < total == done:
+        typer.echo(f"go on with: gose run --resume {shlex.quote(str(path))}")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What will run on this machine, what will not, and what to do; exit 1 if that is broken."""
+    checks = machine.examine()
+    healthy = all(check.state != "broken" for check in checks)
+    if as_json:
+        _print_json({"ok": healthy, "checks": [check._asdict() for check in checks]})
+    else:
+        colors = {"ok": "green", "absent": "yellow", "broken": "red"}
+        for check in checks:
+            typer.secho(f"{check.state:<8}", fg=colors[check.state], nl=False)
+            typer.echo(f"{check.name:<19}{check.found}")
+            if check.advice:
+                typer.echo(f"{'':<27}-> {check.advice}")
+    raise typer.Exit(0 if healthy else 1)
+
+
+@app.command()
+def explain(
+    op: Annotated[str | None, typer.Argument(help="Name of an op; without it all ops.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option()] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "float64"], typer.Option()
+    ] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Which backend of an op runs for a device and dtype, and why the others do not."""
+    with _bad_input_exits_2():
+        if op is not None and op not in gk.ops:
+            raise ValueError(f"explain: no op named {op!r}{_nearest(op, gk.ops)}; ops: {_ops()}")
+        names = [op] if op is not None else [n for n in gk.ops if gk.ops[n].example is not None]
+        rows = {
+            name: gk.explain(name, device=device, dtype=getattr(torch, dtype)) for name in names
+        }
+    if as_json:
+        _print_json({name: [row._asdict() for row in found] for name, found in rows.items()})
+        return
+    grid = Grid("op", "backend", "", "why not", box=None, pad_edge=False)
+    for name, found in rows.items():
+        for row in found:
+            verdict = "[green]picked[/]" if row.chosen else "" if row.reason else "able"
+            grid.add_row(name, row.backend, verdict, escape(row.reason or ""))
+            name = ""  # once per op is enough
+    _stdout().print(grid)
+    if device == "cuda" and not torch.cuda.is_available():
+        typer.echo("No CUDA device is visible here: this is what tensors on one would meet.")
+
+
+def _config_of(recipe: str | None) -> config.SystemConfig:
+    if recipe is None:
+        raise ValueError(
+            f"run: wanted a recipe ({', '.join(RECIPES)}), a .toml file or --resume DIR"
+        )
+    if recipe in RECIPES:
+        return RECIPES[recipe]()
+    if recipe.endswith(".toml") or Path(recipe).is_file():
+        return config.load(Path(recipe))
+    known = ", ".join(RECIPES)
+    raise ValueError(
+        f"run: no recipe named {recipe!r}{_nearest(recipe, RECIPES)}; recipes: {known}; "
+        "a config file ends in .toml"
+    )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _ops() -> str:
+    return ", ".join(sorted(gk.ops))
+
+
+def _refuse_missing_data(chosen: config.SystemConfig) -> None:
+    """Raise DataError before a run directory is made, if a set of the stream is not here."""
+    for task in chosen.data.tasks:
+        locate(TaskSpec.parse(task).source, root=chosen.data.root)
+
+
+def _free(recipe: str | None) -> Path:
+    stem = Path(recipe or "run").stem
+    number = 1
+    while (path := Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return path
+
+
+def _work(directory: RunDir) -> None:
+    """What is left of the run, and its report; stopped or failed, the way to go on is told."""
+    again = f"gose run --resume {shlex.quote(str(directory.path))}"
+    try:
+        _draw(_units(directory), directory)
+        reports.write(directory.path)
+    except _Stopped as stopped:
+        _tell(f"stopped after {directory.step} units; go on with: {again}")
+        raise typer.Exit(128 + stopped.number) from None
+    except Exception:
+        _tell(f"failed after {directory.step} units; try again with: {again}")
+        raise
+
+
+def _units(directory: RunDir) -> Iterator[Progress]:
+    """The units that are left; what the user can mend at the first one exits with 2."""
+    units = system.run(directory.config, directory)
+    with _bad_input_exits_2():
+        first = next(units, None)
+    if first is not None:
+        yield first
+        yield from units
+
+
+def _draw(units: Iterator[Progress], directory: RunDir) -> None:
+    """Progress on stderr: a bar on a terminal, else a line every few seconds."""
+    console = Console(stderr=True, highlight=False)
+    for note in directory.notes:
+        _tell(note)
+    what = f"going on after unit {directory.step}" if directory.step else "starting"
+    if not console.is_terminal:
+        _tell(f"{what}: {directory.path}")
+        next_line = 0.0
+        for unit in units:
+            if time.monotonic() >= next_line or unit.done == unit.total:
+                _tell(f"{unit.done}/{unit.total}  {unit.phase}  {unit.label}  {_rate(unit)}")
+                next_line = time.monotonic() + _LINE_SECONDS
+        return
+    columns = (
+        TextColumn("{task.completed:.0f}/{task.total}", style="bold"),
+        BarColumn(),
+        TextColumn("{task.description}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Bar(*columns, console=console) as bar:
+        task = bar.add_task(f"{what}: {directory.path}", total=None, completed=directory.step)
+        for unit in units:
+            text = f"{unit.phase}  {unit.label}  {_rate(unit)}"
+            bar.update(task, completed=unit.done, total=unit.total, description=text)
+
+
+def _rate(unit: Progress) -> str:
+    if unit.seconds <= 0 or unit.amount <= 0:
+        return ""
+    return f"{quantity(unit.amount / unit.seconds)} {unit.unit}/s"
+
+
+def _print_parts(parts: Iterable[reports.Part]) -> None:
+    console = _stdout()
+    for part in parts:
+        tables = [block for block in part.blocks if isinstance(block, reports.Table)]
+        if tables:
+            console.print(f"\n[bold]{escape(part.title)}[/]")
+        for table in tables:
+            grid = Grid(*(escape(column) for column in table.columns), box=None, pad_edge=False)
+            for row in table.rows:
+                grid.add_row(*(escape(cell) for cell in row))
+            console.print(grid)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    typer.echo(json.dumps(document, indent=2))
+
+
+def _stdout() -> Console:
+    return Console(highlight=False)
+
+
+def _tell(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def _bad_input_exits_2() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, DataError) as error:
+        _tell(f"error: {error}")
+        raise typer.Exit(2) from None
+
+
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Ctrl-C and a polite kill raise _Stopped inside the block."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
