@@ -144,14 +144,34 @@ _R = torch.arange(6, dtype=torch.int32).view(3, 2)
         ((_Y, _W, _R[:2]), r"row_TK must have the shape of weight_TK \(3, 2\), got \(2, 2\)"),
         ((_Y, _W, _R.long()), "row_TK must be (torch.)?int32, got torch.int64"),
         ((_Y, _W.half(), _R), "weight_TK must be torch.float32 for y_ND of torch.float32, got "),
-        ((_Y, _W, _R + 1), r"row_TK must hold rows in \[0, N=6\) or -1"),
-        ((_Y, _W, _R - 2), r"row_TK must hold rows in \[0, N=6\) or -1"),
     ],
 )
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("backend", backends_of("combine"))
 def test_refusals(args: tuple[torch.Tensor, ...], message: str, backend: str) -> None:
     with pytest.raises(ValueError, match=f"combine: {message}"):
         gk.combine(*args, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_refuses_rows_outside(backend: str) -> None:
+    for row_TK in (_R + 1, _R - 2):
+        with pytest.raises(ValueError, match=r"row_TK must hold rows in \[0, N=6\) or -1"):
+            gk.combine(_Y, _W, row_TK, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("grad_TD", "message"),
+    [
+        (torch.zeros(3, 5), r"grad_TD must have shape \(3, 4\), got \(3, 5\)"),
+        (torch.zeros(3, 4).half(), "grad_TD must be torch.float32, got torch.float16"),
+    ],
+)
+@pytest.mark.parametrize("backend", backends_of("combine_backward"))
+def test_backward_refuses_gradients_that_do_not_fit(
+    grad_TD: torch.Tensor, message: str, backend: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        torch.ops.gose.combine_backward(grad_TD, _Y, _W, _R, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
