@@ -148,8 +148,9 @@ class _MaskedOptimizer(torch.optim.Optimizer):
             return mask
         count = state["step"]
         if count.dim() == 0 and not bool((before & ~mask).any()):
+            # One count serves the live elements still, if no frozen one has another count than 0.
             unchanged = before.shape == mask.shape and not bool(frozen_now.any())
-            if unchanged or self.freeze_state == "dropped":
+            if unchanged or (self.freeze_state == "dropped" and mask.dim() > 0):
                 return mask
         if count.shape != before.shape:  # one count and a mask from the first step on
             count = torch.where(before, 0, count)
