@@ -186,6 +186,41 @@ def test_gradients_match_reference(
             assert (own - truth).norm() <= 4 * REFERENCE_ERROR[dtype] * truth.norm()
 
 
+def test_reference_rounds_where_the_contract_says() -> None:
+    """Widths of 1 make every sum one product: pre, a, y and out are rounded, nothing else."""
+    (x_TD, weight_TK, expert_TK, up_EHD, down_EDF, *_), _ = cases.ExpertMlpCase(
+        T=400, K=1, E=3, D=1, F=1
+    ).build(torch.bfloat16)
+    e_T = expert_TK[:, 0].long()
+    pre_TH = (x_TD.double() * up_EHD.double()[e_T, :, 0]).bfloat16().double()
+    a_T = (functional.silu(pre_TH[:, 0]) * pre_TH[:, 1]).bfloat16().double()
+    y_T = (a_T * down_EDF.double()[e_T, 0, 0]).bfloat16().double()
+    want_T = (weight_TK[:, 0].double() * y_T).bfloat16()
+    got_TD = expert_mlp_reference(x_TD, weight_TK, expert_TK, up_EHD, down_EDF)
+    # Rounding float64 to float32 first can move a tie: a few in ten thousand.
+    assert int((got_TD[:, 0] != want_T).sum()) <= 1
+
+
+@pytest.mark.parametrize("case", [c for c in cases.expert_mlp if c.kind == "unused"], ids=str)
+@pytest.mark.parametrize("backend", backends_of("expert_mlp_train"))
+def test_training_keeps_pre_in_dispatch_order_and_zeros(
+    case: cases.ExpertMlpCase, backend: str
+) -> None:
+    args, options = case.build(torch.float32)
+    x_TD, _, expert_TK, up_EHD, _, bias_up_EH = args[:6]
+    row_TK, _, _ = gk.dispatch(expert_TK, case.E)
+    want_NH = torch.zeros(expert_TK.numel(), case.hidden)
+    for t, k in (row_TK >= 0).nonzero().tolist():
+        e = int(expert_TK[t, k])
+        want_NH[row_TK[t, k]] = up_EHD[e] @ x_TD[t] + bias_up_EH[e]
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        pre_NH = torch.ops.gose.expert_mlp_train(*args, **options, backend=backend)[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(pre_NH, want_NH)
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_slopes_are_derivatives_and_finite(name: str) -> None:
     act, alpha = ACTIVATIONS[name], 1.3
