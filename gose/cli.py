@@ -105,7 +105,7 @@ def run(
         kinds = {kind: [r for r in rows if r.get("kind") == kind] for kind in ("claim", "summary")}
         _print_json({name: str(file) for name, file in files.items()} | kinds)
     else:
-        _print_parts(part for part in reports.read(path).parts if part.title == "Claims")
+        _print_claims(reports.read(path).parts)
         typer.echo(f"report: {path / 'report.html'}")
 
 
@@ -140,7 +140,8 @@ def show(
         )
         return
     typer.echo(f"{found.title}: {found.standing}")
-    _print_parts(found.parts)
+    _print_claims(found.parts)
+    _print_tables(part for part in found.parts if part.title != "Claims")
     if html.exists():
         typer.echo(f"report: {html}")
     if not 0 < total == done:
@@ -292,14 +293,26 @@ def _rate(unit: Progress) -> str:
     return f"{quantity(unit.amount / unit.seconds)} {unit.unit}/s"
 
 
-def _print_parts(parts: Iterable[reports.Part]) -> None:
+def _print_claims(parts: Iterable[reports.Part]) -> None:
+    """A line per claim; what is said beside it stands in the report."""
+    blocks = [block for part in parts if part.title == "Claims" for block in part.blocks]
+    for table in blocks:
+        assert isinstance(table, reports.Table)
+        for name, wanted, value, verdict, *_ in table.rows:
+            typer.secho(verdict[0], fg="green" if verdict[0] == "✓" else "red", nl=False)
+            typer.echo(f" {name}: {value} (wanted {wanted})")
+
+
+def _print_tables(parts: Iterable[reports.Part]) -> None:
     console = _stdout()
     for part in parts:
         tables = [block for block in part.blocks if isinstance(block, reports.Table)]
         if tables:
             console.print(f"\n[bold]{escape(part.title)}[/]")
         for table in tables:
-            grid = Grid(*(escape(column) for column in table.columns), box=None, pad_edge=False)
+            grid = Grid(box=None, pad_edge=False)
+            for column in table.columns:
+                grid.add_column(escape(column), overflow="fold")
             for row in table.rows:
                 grid.add_row(*(escape(cell) for cell in row))
             console.print(grid)
@@ -310,7 +323,9 @@ def _print_json(document: dict[str, Any]) -> None:
 
 
 def _stdout() -> Console:
-    return Console(highlight=False)
+    """For tables: as wide as the terminal, and wide enough where there is none."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def _tell(text: str) -> None:

@@ -102,12 +102,13 @@ def _claims(rows: Sequence[Row]) -> Part:
             plain(row["wanted"]),
             plain(row["value"]),
             "✓ holds" if row["holds"] else "✗ does not hold",
+            plain(row.get("values")),
             str(row.get("note", "")),
         )
         for row in _kind(rows, "claim")
     ]
-    table = Table(("claim", "wanted", "measured", "verdict", "note"), claims)
-    text = "What this run was to show, and what came out; means over seeds."
+    table = Table(("claim", "wanted", "measured", "verdict", "per seed", "note"), claims)
+    text = "What this run was to show, and what came out; measured is the mean over seeds."
     return Part("Claims", text, [table] if claims else [])
 
 
@@ -132,6 +133,10 @@ def _teacher_and_student(rows: Sequence[Row]) -> Part:
             for key in measures
         )
         lines.append(("student / teacher", *ratios))
+    if controls := [row for row in students.values() if "scratch_top1" in row]:
+        top1 = over_seeds((row["scratch_top1"] for row in controls), percent)
+        flops = over_seeds((row["scratch_flops"] for row in controls), quantity)
+        lines.append(("the student's shape, from labels alone", top1, "–", flops))
     agreement = [
         (str(seed), *(percent(share) for share in row["agreement"]))
         for seed, row in students.items()
@@ -144,7 +149,8 @@ def _teacher_and_student(rows: Sequence[Row]) -> Part:
     text = (
         "The retired teacher, and the small modules distilled from it before the stream begins. "
         "The student's FLOPs are all of them: meta model, modules, fine-tuning. Agreement: how "
-        "often the hybrid with that module answers as the teacher does."
+        "often the meta model with that module gives the class that it gives with the teacher's "
+        "stage instead."
     )
     return Part("Teacher and student", text, blocks)
 
@@ -191,27 +197,33 @@ def _accuracy(rows: Sequence[Row], tasks: Sequence[str]) -> Part:
             if any(value is not None for value in line)
         ],
     )
-    summary = [
-        (
-            arm,
-            *(over_seeds((row[key] for row in of_arm), percent) for key in _SUMMARY),
-        )
-        for arm, of_arm in _by(_kind(rows, "summary"), "arm").items()
+    summary = _by(_kind(rows, "summary"), "arm")
+    columns = [name for name, key in _SUMMARY.items() if any(key in r for r in rows)]
+    lines = [
+        (arm, *(over_seeds((row[_SUMMARY[name]] for row in of_arm), percent) for name in columns))
+        for arm, of_arm in summary.items()
     ]
-    columns = ("arm", "accuracy", "BWT (GEM)", "BWT (1/tasks)", "forgetting")
-    blocks: list[Table | Figure] = [Table(columns, summary)] if summary else []
+    blocks: list[Table | Figure] = [Table(("arm", *columns), lines)] if lines else []
     if matrices:
         names = "; ".join(f"{i + 1} {task}" for i, task in enumerate(tasks))
         title = f"Top-1 accuracy in % of the merged graph, no task given. Tasks: {names}"
         blocks.append(Figure(title, maps, numbers))
     text = (
         "How well every task is answered after each task of the stream. Accuracy: mean over tasks "
-        "at the end. BWT: backward transfer, negative is forgetting."
+        "at the end; when learned: mean over tasks, each right after it. BWT: backward transfer, "
+        "negative is forgetting. Frozen: share of the shared modules' elements at the end."
     )
     return Part("Learning the stream", text, blocks)
 
 
-_SUMMARY = ("acc", "bwt_gem", "bwt_seed", "forgetting")
+_SUMMARY = {
+    "accuracy": "acc",
+    "when learned": "learning_acc",
+    "BWT (GEM)": "bwt_gem",
+    "BWT (1/tasks)": "bwt_seed",
+    "forgetting": "forgetting",
+    "frozen": "frozen",
+}
 
 
 def _routing(rows: Sequence[Row]) -> Part:
@@ -246,6 +258,7 @@ def _routing(rows: Sequence[Row]) -> Part:
         y_label="top-1",
         x_form=quantity,
         y_form=percent,
+        y_limits=(0.0, 1.0),
     )
     text = f"Ways to choose experts on the final graph of arm {arm}; FLOPs of what was executed."
     return Part("Routing", text, [table, Figure("Accuracy against FLOPs per input", [image])])
@@ -278,6 +291,7 @@ def _communication(rows: Sequence[Row]) -> Part:
             y_label="accuracy at the end",
             x_form=byte_count,
             y_form=percent,
+            y_limits=(0.0, 1.0),
         )
         blocks.append(Figure("Accuracy against bytes sent", [image]))
     if rounds := _kind(rows, "round"):
@@ -312,10 +326,14 @@ def _merging(rounds: Sequence[Row]) -> Figure:
         x_label="round",
         y_label="top-1",
         y_form=percent,
+        y_limits=(0.0, 1.0),
         x_ticks={number: f"task {task + 1}" for task, number in starts.items()},
         dividers=[number - 0.5 for number in starts.values() if number > 1],
     )
-    title = f"Merged graph and the sites' own, arm {arm}, mean over seeds"
+    title = (
+        f"Merged graph and the sites' own on validation images of the task being learnt, arm {arm}, "
+        "mean over seeds"
+    )
     return Figure(title, [image], Table(("task", "round", *series), lines))
 
 

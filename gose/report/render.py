@@ -113,7 +113,7 @@ def _html_table(table: Table) -> str:
 def _html_cell(cell: str) -> str:
     if cell.startswith(("✓", "✗")):
         return f'<td class="{"good" if cell[0] == "✓" else "bad"}">{escape(cell)}</td>'
-    number = ' class="number"' if cell[:1] in "–-+.0123456789" and len(cell) < 24 else ""
+    number = ' class="number"' if cell[:1] in "<>–-+.0123456789" and len(cell) < 24 else ""
     return f"<td{number}>{escape(cell)}</td>"
 
 

@@ -20,6 +20,7 @@ _CHAR = 7.2  # px per character at 12 px in a wide sans-serif
 # Light to dark blue; the text on a cell turns white where the fill is darker than the middle.
 _RAMP = ("#cde2fb", "#9ec5f4", "#6da7ec", "#3987e5", "#256abf", "#184f95", "#0d366b")
 _WIDTH, _HEIGHT = 640.0, 300.0
+_ANY = (-math.inf, math.inf)
 _LEFT, _TOP, _BOTTOM = 68.0, 14.0, 44.0
 
 
@@ -74,11 +75,12 @@ def lines(
     y_form: Format,
     x_ticks: Mapping[float, str],
     y_range: Point | None = None,
+    y_limits: Point = _ANY,
     dividers: Sequence[float] = (),
 ) -> str:
     """One line with dots per series, named at its right end; at most NUM_COLORS series.
 
-    y_range: None shows what the values need.
+    y_range: None shows what the values need, within y_limits.
     x_ticks: position -> text below the axis. dividers: positions of vertical lines.
     """
     names = list(series)
@@ -86,7 +88,7 @@ def lines(
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
     x_range = min(xs, default=0.0), max(xs, default=1.0)
-    frame = _Frame(x_range, y_range or _padded(ys), left=_LEFT, right=right, x_inset=14)
+    frame = _Frame(x_range, y_range or _padded(ys, y_limits), left=_LEFT, right=right, x_inset=14)
     parts = [frame.horizontal_grid(y_form), frame.labels(x_label, y_label)]
     for divider in dividers:
         x = frame.x(divider)
@@ -119,13 +121,14 @@ def points(
     y_label: str,
     x_form: Format,
     y_form: Format,
+    y_limits: Point = _ANY,
 ) -> str:
     """Per series a large dot with its name at the mean, and small ones for members; x from 0."""
     means = {name: _mean(members) for name, members in series.items() if members}
     xs = [x for members in series.values() for x, _ in members]
     ys = [y for members in series.values() for _, y in members]
     frame = _Frame(
-        (0.0, max(xs, default=1.0) or 1.0), _padded(ys), left=_LEFT, right=24, x_inset=14
+        (0.0, max(xs, default=1.0) or 1.0), _padded(ys, y_limits), left=_LEFT, right=24, x_inset=14
     )
     parts = [frame.horizontal_grid(y_form), frame.labels(x_label, y_label)]
     for tick in _ticks(*frame.x_range):
@@ -229,14 +232,14 @@ def _spread(
     return moved
 
 
-def _padded(values: Sequence[float]) -> Point:
-    """A range that shows the values, a tenth of their spread beyond them, rounded to ticks."""
+def _padded(values: Sequence[float], limits: Point) -> Point:
+    """A range that shows the values and a twentieth more, rounded to ticks, within the limits."""
     low, high = min(values, default=0.0), max(values, default=1.0)
-    margin = 0.1 * (high - low) or 0.05 * abs(high) or 0.5
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
     step = _step(low - margin, high + margin)
-    return math.floor((low - margin / 2) / step) * step, math.ceil(
-        (high + margin / 2) / step
-    ) * step
+    floor = max(math.floor((low - margin) / step) * step, limits[0])
+    ceiling = min(math.ceil((high + margin) / step) * step, limits[1])
+    return floor, ceiling
 
 
 def _step(low: float, high: float) -> float:

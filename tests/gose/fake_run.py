@@ -11,9 +11,9 @@ from gose.checkpoint import State
 from gose.config import SystemConfig
 
 TASKS = ("mnist-5k", "mnist-5k.rotate90", "digits", "mnist-5k.invert")
-ARMS = ("kpp", "preserve=none", "preserve=random", "codec=none", "merge=none")
+ARMS = ("main", "preserve=none", "preserve=random", "codec=none", "merge=none")
 SITES = 3
-MODULES = ("stem", "body", *(f"expert/{task}" for task in TASKS))
+MODULES = ("stem", "body", *(f"expert.{task}" for task in TASKS))
 TOTAL = 40
 
 
@@ -82,6 +82,8 @@ def _distillation(seed: int, source: random.Random) -> list[dict[str, Any]]:
             "top5": 0.994,
             "train_flops": 45_678_901_234 + 11 * seed,
             "meta_flops": 9_876_543_210,
+            "scratch_top1": top1 - 0.04,
+            "scratch_flops": 35_000_000_000,
             "agreement": [0.93 + source.uniform(0, 0.03) for _ in range(3)],
         },
     ]
@@ -157,6 +159,9 @@ def _stream(seed: int, arm: str, source: random.Random) -> list[dict[str, Any]]:
             "seed": seed,
             "arm": arm,
             "acc": acc,
+            "learning_acc": sum(matrix[q][q] for q in range(len(TASKS))) / len(TASKS),
+            "frozen": 0.0 if arm == "preserve=none" else 0.64,
+            "site_acc": [acc - 0.01 * site for site in range(SITES if arm == "merge=none" else 1)],
             "bwt_gem": change / (len(TASKS) - 1),
             "bwt_seed": change / len(TASKS),
             "forgetting": -change / (len(TASKS) - 1),
@@ -197,4 +202,7 @@ def _claims() -> list[dict[str, Any]]:
         ),
     ]
     keys = ("name", "wanted", "value", "holds", "note")
-    return [{"kind": "claim", **dict(zip(keys, claim, strict=True))} for claim in made]
+    return [
+        {"kind": "claim", **dict(zip(keys, claim, strict=True)), "values": [claim[2]] * 3}
+        for claim in made
+    ]

@@ -82,7 +82,7 @@ def test_run_writes_a_whole_run_directory(gose, tmp_path):
     assert config.load(path / "config.toml") == expected
     assert (path / "report.html").read_text() == report.html(report.read(path))
     assert "report: runs/quickstart-1/report.html" in result.stdout
-    assert "✗ does not hold" in result.stdout
+    assert "✓ student's training FLOPs: 0.37 (wanted <= 0.6)" in result.stdout
     assert re.search(r"5/5  learn  unit 4  2.00 k images/s", result.stderr)
     assert gose("run", "quickstart").exit_code == 0
     assert (tmp_path / "runs" / "quickstart-2" / "report.md").exists()
