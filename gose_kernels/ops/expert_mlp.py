@@ -196,8 +196,8 @@ def _activate_backward(grad_NF: Tensor, pre_NH: Tensor, call: MlpCall) -> Tensor
     factor_NF = up_NF.clamp(-call.clamp, call.clamp) + call.act.shift
     slope_NF = call.act.slope(clamped_NF, call.scale)
     phi_NF = call.act.phi(clamped_NF, call.scale)
-    into_gate_NF.copy_(torch.where(gate_NF <= call.clamp, grad_NF * factor_NF * slope_NF, 0))
-    into_up_NF.copy_(torch.where(up_NF.abs() <= call.clamp, grad_NF * phi_NF, 0))
+    into_gate_NF.copy_(torch.where(gate_NF > call.clamp, 0, grad_NF * factor_NF * slope_NF))
+    into_up_NF.copy_(torch.where(up_NF.abs() > call.clamp, 0, grad_NF * phi_NF))
     return grad_pre_NH
 
 

@@ -315,6 +315,24 @@ def test_tokens_without_experts_are_not_read(backend: str) -> None:
     assert not gradients[1][args[2] == 5].any()
 
 
+@pytest.mark.parametrize("backend", backends_of("expert_mlp"))
+def test_a_nan_stays_in_its_token(backend: str) -> None:
+    args, _ = cases.ExpertMlpCase(K=1).build()
+    grad_TD, options = torch.ones_like(args[0]), {"backend": backend}
+    sound_T = torch.arange(13) != 4
+    ill_TD = torch.where(sound_T[:, None], args[0], torch.nan)
+    ill = (ill_TD, *args[1:])
+    out_TD, want_TD = (gk.expert_mlp(*a, **options) for a in (ill, args))
+    assert torch.equal(out_TD[sound_T], want_TD[sound_T])
+    assert out_TD[4].isnan().all()
+    got, want = (_gradients(gk.expert_mlp, a, options, grad_TD) for a in (ill, args))
+    assert torch.equal(got[0][sound_T], want[0][sound_T])
+    assert got[0][4].isnan().all()
+    for e in set(range(5)) - {int(args[2][4, 0])}:
+        assert torch.equal(got[2][e], want[2][e])
+        assert torch.equal(got[3][e], want[3][e])
+
+
 @pytest.mark.parametrize("case", [c for c in cases.expert_mlp if c.frozen], ids=str)
 @pytest.mark.parametrize("backend", backends_of("expert_mlp_backward"))
 def test_freezing_zeroes_its_gradients_and_no_other(
