@@ -331,8 +331,8 @@ def _merging(rounds: Sequence[Row]) -> Figure:
         dividers=[number - 0.5 for number in starts.values() if number > 1],
     )
     title = (
-        f"Merged graph and the sites' own on validation images of the task being learnt, arm {arm}, "
-        "mean over seeds"
+        "Merged graph and the sites' own, on validation images of the task being learnt, "
+        f"arm {arm}, mean over seeds"
     )
     return Figure(title, [image], Table(("task", "round", *series), lines))
 
