@@ -1,9 +1,9 @@
 // The CPU ops as torch.ops.gose_native.<op>: checks, allocation, threads. With bind_cuda.cpp the
 // only torch-aware C++, on torch's stable ABI: one library serves torch >= 2.11 and every Python.
-#include "bind_combine.h"
-
 #include <vector>
 
+#include "bind_combine.h"
+#include "bind_routing.h"
 #include "cpu/kernels.h"
 
 namespace gose {
@@ -11,7 +11,8 @@ namespace {
 
 const cpu::Parallel kTorchThreads = {
     [](int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-      if (count > 0) STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+      if (count > 0)
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
     }};
 
 // Every value in [-1, N); with `once`, every row in one slot at most.
@@ -45,6 +46,57 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_TD, Tensor y_ND, Tensor 
   return {call.grad_y, call.grad_weight};
 }
 
+Tensor entropy(Tensor logits_BMC) {
+  const EntropyCall call = prepare_entropy(logits_BMC);
+  cpu::kernels().entropy(call.params, kTorchThreads);
+  return call.out;
+}
+
+Tensor entropy_backward(Tensor grad_BM, Tensor logits_BMC) {
+  const EntropyBackwardCall call = prepare_entropy_backward(grad_BM, logits_BMC);
+  cpu::kernels().entropy_backward(call.params, kTorchThreads);
+  return call.grad_logits;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dispatch(Tensor expert_TK, int64_t num_experts) {
+  const DispatchCall call = prepare_dispatch(expert_TK, num_experts);
+  cpu::kernels().dispatch(call.params, kTorchThreads);
+  return {call.row, call.token, call.offset};
+}
+
+// Options of `route` that gose_kernels/ops/route.py keeps from the kernels come along unnamed.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(
+    Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
+    std::optional<Tensor> entropy_E, std::optional<Tensor>, std::optional<Tensor>,
+    std::string policy, bool softmax_before, bool renormalize, std::string, int64_t, int64_t,
+    double entropy_floor, std::optional<double> tau, std::optional<int64_t>, std::string,
+    std::optional<std::string>, double, std::vector<double>, double) {
+  const RouteOptions options = {policy == "egs", renormalize || !softmax_before, entropy_floor,
+                                tau};
+  const RouteCall call = prepare_route(score_TE, top_k, entropy_TE, entropy_E, options);
+  cpu::kernels().route(call.params, kTorchThreads);
+  return {call.weight, call.expert, call.entropy, call.load, call.importance, call.loss};
+}
+
+Tensor route_backward(Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
+                      std::optional<Tensor> entropy_E, std::optional<Tensor>, std::optional<Tensor>,
+                      Tensor expert_TK, Tensor load_E, Tensor importance_E,
+                      std::optional<Tensor> grad_weight_TK, std::optional<Tensor> grad_entropy_T,
+                      std::optional<Tensor> grad_importance_E, std::optional<Tensor> grad_loss_L,
+                      std::string policy, bool softmax_before, bool renormalize, std::string,
+                      int64_t, int64_t, double entropy_floor, std::optional<double> tau,
+                      std::optional<int64_t>, std::string, std::optional<std::string>, double,
+                      std::vector<double>, double) {
+  const RouteOptions options = {policy == "egs", renormalize || !softmax_before, entropy_floor,
+                                tau};
+  const RouteBackwardCall call = prepare_route_backward(
+      score_TE, top_k, entropy_TE, entropy_E, expert_TK, load_E, importance_E, grad_weight_TK,
+      grad_entropy_T, grad_importance_E, grad_loss_L, options);
+  cpu::kernels().route_backward(call.params, kTorchThreads);
+  const Tensor& ranked = entropy_TE ? *entropy_TE : entropy_E ? *entropy_E : score_TE;
+  return torch::stable::to(call.grad, ranked.scalar_type());
+}
+
 // Levels this CPU can run, best first, separated by blanks.
 std::string cpu_levels() {
   std::string names;
@@ -72,6 +124,23 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "combine_backward(Tensor grad_TD, Tensor y_ND, Tensor weight_TK, Tensor row_TK) -> "
       "(Tensor, Tensor)");
+  m.def("entropy(Tensor logits_BMC) -> Tensor");
+  m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
+  m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
+#define GOSE_ROUTE_OPTIONS                                                                        \
+  "str policy, bool softmax_before, bool renormalize, str gate, int num_groups, int top_groups, " \
+  "float entropy_floor, float? tau, int? capacity, str capacity_order, str? adaptive, "           \
+  "float mass, float[] bands, float noise_std)"
+  m.def(
+      "route(Tensor score_TE, int top_k, Tensor? entropy_TE, Tensor? entropy_E, Tensor? bias_E, "
+      "Tensor? noise_TE, " GOSE_ROUTE_OPTIONS
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "route_backward(Tensor score_TE, int top_k, Tensor? entropy_TE, Tensor? entropy_E, "
+      "Tensor? bias_E, Tensor? noise_TE, Tensor expert_TK, Tensor load_E, Tensor importance_E, "
+      "Tensor? grad_weight_TK, Tensor? grad_entropy_T, Tensor? grad_importance_E, "
+      "Tensor? grad_loss_L, " GOSE_ROUTE_OPTIONS " -> Tensor");
+#undef GOSE_ROUTE_OPTIONS
   m.def("cpu_levels() -> str");
   m.def("cpu_level() -> str");
   m.def("built_with_cuda() -> bool");
@@ -80,6 +149,11 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("combine", TORCH_BOX(&gose::combine));
   m.impl("combine_backward", TORCH_BOX(&gose::combine_backward));
+  m.impl("entropy", TORCH_BOX(&gose::entropy));
+  m.impl("entropy_backward", TORCH_BOX(&gose::entropy_backward));
+  m.impl("dispatch", TORCH_BOX(&gose::dispatch));
+  m.impl("route", TORCH_BOX(&gose::route));
+  m.impl("route_backward", TORCH_BOX(&gose::route_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CompositeExplicitAutograd, m) {

@@ -31,4 +31,70 @@ struct CombineBackwardParams {  // grad_y[row[t,k]] = weight[t,k] * grad[t], gra
   DType dtype;
 };
 
+struct EntropyParams {  // out[row] = -sum_c p log p / log n, p = softmax of the row
+  const void* logits;   // [rows, C] dtype, contiguous; -infinity = class not offered
+  float* out;           // [rows]
+  int64_t rows, C;
+  DType dtype;
+};
+
+struct EntropyBackwardParams {  // grad_logits = grad * -p (z - sum p z) / log n
+  const float* grad;            // [rows]
+  const void* logits;           // [rows, C] dtype
+  void* grad_logits;            // [rows, C] dtype
+  int64_t rows, C;
+  DType dtype;
+};
+
+struct DispatchParams {   // rows of expert e are [offset[e], offset[e+1]), in order of t, then k
+  const int32_t* expert;  // [T, K] in [0, E], E = unused
+  int32_t* row;           // [T, K], -1 = unused
+  int32_t* token;         // [T*K], -1 from offset[E] on
+  int32_t* offset;        // [E1]
+  int32_t* scratch;       // [ceil(T*K / chunk), E1]
+  int64_t T, K, E, chunk;
+};
+
+constexpr int64_t kRouteBlock = 64;  // tokens whose statistics are summed together
+
+struct RouteScratch {  // max(1, ceil(T / kRouteBlock)) blocks, E padded to a multiple of 16
+  float* floats;       // [blocks, 4, E padded]
+  int32_t* ints;       // [blocks, 2, E padded], zeroed
+  double* doubles;     // [blocks, 3]
+  float* column;       // [E padded]
+};
+
+struct RouteInput {      // policies softmax and egs; the contract is in gose_kernels/ops/route.py
+  const void* score;     // [T, E] dtype
+  const float* entropy;  // [T or 1, E], nullptr = policy softmax
+  int64_t T, E, K, stride_st, stride_et;
+  float floor, tau;  // egs weights 1 / (H + floor), or softmax(-H / tau) if tau > 0
+  bool chosen;       // weights normalized over the chosen experts, not over all
+  DType dtype;
+};
+
+struct RouteParams {
+  RouteInput in;
+  float* weight;      // [T, K]
+  int32_t* expert;    // [T, K], E = unused
+  float* entropy;     // [T]
+  int32_t* load;      // [E]
+  float* importance;  // [E]
+  float* loss;        // [5]
+  RouteScratch scratch;
+};
+
+struct RouteBackwardParams {
+  RouteInput in;
+  const int32_t* expert;         // [T, K], load and importance: outputs of route
+  const int32_t* load;           // [E]
+  const float* importance;       // [E]
+  const float* grad_weight;      // [T, K]; a gradient that is nullptr is zero
+  const float* grad_entropy;     // [T]
+  const float* grad_importance;  // [E]
+  const float* grad_loss;        // [5]
+  void* grad;                    // of score [T, E] dtype, or of entropy [T or 1, E] float32
+  RouteScratch scratch;
+};
+
 }  // namespace gose

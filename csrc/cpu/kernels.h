@@ -17,9 +17,14 @@ struct Parallel {
 };
 
 // One line per kernel: X(name, params).
-#define GOSE_CPU_KERNELS(X)   \
-  X(combine, CombineParams)   \
-  X(combine_backward, CombineBackwardParams)
+#define GOSE_CPU_KERNELS(X)                  \
+  X(combine, CombineParams)                  \
+  X(combine_backward, CombineBackwardParams) \
+  X(entropy, EntropyParams)                  \
+  X(entropy_backward, EntropyBackwardParams) \
+  X(dispatch, DispatchParams)                \
+  X(route, RouteParams)                      \
+  X(route_backward, RouteBackwardParams)
 
 // One line per level that is compiled, worst first: X(level).
 #if defined(__x86_64__)
@@ -29,8 +34,8 @@ struct Parallel {
 #endif
 
 #define GOSE_DECLARE_KERNEL(name, Params) void name(const Params&, const Parallel&);
-#define GOSE_DECLARE_LEVEL(level) \
-  namespace level {               \
+#define GOSE_DECLARE_LEVEL(level)       \
+  namespace level {                     \
   GOSE_CPU_KERNELS(GOSE_DECLARE_KERNEL) \
   }
 GOSE_CPU_LEVELS(GOSE_DECLARE_LEVEL)
@@ -46,8 +51,8 @@ struct Kernels {
 enum class Level : int32_t { kPortable, kAvx2, kAvx512, kAmx };
 
 const char* name_of(Level level);
-Level best_level();                // what this CPU and operating system can run
-Level level_in_use();              // best_level() capped by GOSE_ISA; throws if that is no level
-const Kernels& kernels();          // the kernels of level_in_use(); AMX uses AVX-512's where it has none
+Level best_level();        // what this CPU and operating system can run
+Level level_in_use();      // best_level() capped by GOSE_ISA; throws if that is no level
+const Kernels& kernels();  // the kernels of level_in_use(); AMX uses AVX-512's where it has none
 
 }  // namespace gose::cpu

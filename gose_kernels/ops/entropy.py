@@ -20,9 +20,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, float32
+from torch import Tensor, bfloat16, float16, float32
 
-from gose_kernels.registry import Cost, reference, register
+from gose_kernels.registry import Cost, native, reference, register
 
 
 def _check(name: str, logits_BMC: Tensor) -> None:
@@ -127,6 +127,7 @@ def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
 
 entropy = register(
     "entropy(Tensor logits_BMC, *, str? backend=None) -> Tensor",
+    native("cpu", "entropy", float32, bfloat16, float16),
     reference(entropy_reference),
     fake=_fake,
     setup_context=_setup_context,
@@ -137,6 +138,7 @@ entropy = register(
 
 entropy_backward = register(
     "entropy_backward(Tensor grad_BM, Tensor logits_BMC, *, str? backend=None) -> Tensor",
+    native("cpu", "entropy_backward", float32, bfloat16, float16),
     reference(entropy_backward_reference),
     fake=_backward_fake,
     cost=_backward_cost,

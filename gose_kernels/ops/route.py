@@ -59,11 +59,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, float32, int32
+from torch import Tensor, bfloat16, float16, float32, int32
 
-from gose_kernels.registry import Cost, reference, register
+from gose_kernels.registry import Cost, native, reference, register
 
 POLICIES = ("softmax", "sigmoid", "group_limited", "expert_choice", "egs")
+GATES = ("softmax", "sigmoid")
+ORDERS = ("token", "priority")  # of capacity
 LOSSES = ("balance", "importance", "noisy_load", "z", "entropy")  # the order of loss_L
 
 
@@ -142,15 +144,14 @@ def check(call: RouteCall) -> None:
     if call.tau is not None:
         _want(egs, "tau", "None", f"{call.tau}: only policy egs reads it")
         _want(call.tau > 0, "tau", "above 0", call.tau)
-    _want(call.gate in ("softmax", "sigmoid"), "gate", "softmax or sigmoid", repr(call.gate))
+    _want(call.gate in GATES, "gate", "softmax or sigmoid", repr(call.gate))
     if policy == "group_limited":
         groups, best = call.num_groups, call.top_groups
         _want(groups >= 1 and E % groups == 0, "num_groups", f"a divisor of E={E}", groups)
         _want(1 <= best <= groups, "top_groups", f"in [1, num_groups={groups}]", best)
         room = best * (E // groups)
         _want(top_k <= room, "top_k", f"at most the {room} experts of the top_groups", top_k)
-    orders = ("token", "priority")
-    _want(call.capacity_order in orders, "capacity_order", "token or priority", call.capacity_order)
+    _want(call.capacity_order in ORDERS, "capacity_order", "token or priority", call.capacity_order)
     if call.capacity is None:
         _want(policy != "expert_choice", "capacity", "given to policy expert_choice", None)
     else:
@@ -390,6 +391,7 @@ def route_backward_reference(
     noise_TE: Tensor | None,
     expert_TK: Tensor,
     load_E: Tensor,
+    importance_E: Tensor,
     grad_weight_TK: Tensor | None,
     grad_entropy_T: Tensor | None,
     grad_importance_E: Tensor | None,
@@ -398,7 +400,7 @@ def route_backward_reference(
 ) -> Tensor:
     """Gradient of what ranks the experts: score_TE; for egs entropy_TE or entropy_E. Its dtype.
 
-    expert_TK and load_E are route's outputs. A gradient that is None is zero.
+    expert_TK, load_E, importance_E are route's outputs. A gradient that is None is zero.
     """
     call = RouteCall(score_TE, top_k, entropy_TE, entropy_E, bias_E, noise_TE, **options)
     check(call)
@@ -409,7 +411,6 @@ def route_backward_reference(
         grad_logit_TE += _weight_gradient(call, logit_TE, expert_TK.long(), grad_weight_TK)
 
     p_TE = _minus_sum(logit_TE, logit_TE).exp()
-    importance_E = p_TE.sum(dim=0)
     loss_L = grad_loss_L if grad_loss_L is not None else logit_TE.new_zeros(len(LOSSES))
     balance, importance, noisy_load, z, entropy = loss_L.unbind()
     share_E = load_E.to(call.dtype) / load_E.sum().clamp_min(1)
@@ -465,16 +466,16 @@ def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Any, ...]
 ) -> None:
     score_TE, ctx.top_k, *optional = inputs
-    ctx.save_for_backward(score_TE, *optional, output[1], output[3])
+    ctx.save_for_backward(score_TE, *optional, output[1], output[3], output[4])
     ctx.options = dict(keyword_only_inputs)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    score_TE, entropy_TE, entropy_E, bias_E, noise_TE, expert_TK, load_E = ctx.saved_tensors
+    score_TE, entropy_TE, entropy_E, *saved = ctx.saved_tensors
     weight, _, entropy, _, importance, loss = grads
     grad: Tensor = torch.ops.gose.route_backward(
-        *(score_TE, ctx.top_k, entropy_TE, entropy_E, bias_E, noise_TE, expert_TK, load_E),
+        *(score_TE, ctx.top_k, entropy_TE, entropy_E, *saved),
         *(weight, entropy, importance, loss),
         **ctx.options,
     )
@@ -510,7 +511,24 @@ def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ..
     expert_TK = torch.zeros(4, top_k, device=device, dtype=int32)
     load_E = torch.ones(8, device=device, dtype=int32)
     grad_TK = torch.ones(4, top_k, device=device, dtype=torch.promote_types(dtype, float32))
-    return (score_TE, top_k, *[None] * 4, expert_TK, load_E, grad_TK, None, None, None)
+    importance_E = load_E.to(grad_TK.dtype)
+    return (score_TE, top_k, *[None] * 4, expert_TK, load_E, importance_E, grad_TK, *[None] * 3)
+
+
+def _unless_cpu(*args: Any, **options: Any) -> str | None:
+    """What the compiled kernel leaves to the reference."""
+    policy = options["policy"]
+    if policy not in ("softmax", "egs"):
+        return f"takes policies softmax and egs, got {policy}"
+    for name in ("capacity", "adaptive"):
+        if options[name] is not None:
+            return f"takes no {name}, got {options[name]}"
+    if args[4] is not None or args[5] is not None or options["noise_std"] != 0:
+        return "takes no bias_E, noise_TE or noise_std"
+    # Options that these policies do not read; the reference checks them all the same.
+    if options["gate"] not in GATES or options["capacity_order"] not in ORDERS:
+        return f"takes no gate {options['gate']!r}, capacity_order {options['capacity_order']!r}"
+    return None
 
 
 _OPTIONS = (
@@ -524,6 +542,7 @@ route = register(
     "route(Tensor score_TE, int top_k, Tensor? entropy_TE=None, Tensor? entropy_E=None, "
     f"Tensor? bias_E=None, Tensor? noise_TE=None, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    native("cpu", "route", float32, bfloat16, float16, unless=_unless_cpu),
     reference(route_reference),
     fake=_fake,
     setup_context=_setup_context,
@@ -534,9 +553,11 @@ route = register(
 
 route_backward = register(
     "route_backward(Tensor score_TE, int top_k, Tensor? entropy_TE, Tensor? entropy_E, "
-    "Tensor? bias_E, Tensor? noise_TE, Tensor expert_TK, Tensor load_E, Tensor? grad_weight_TK, "
-    "Tensor? grad_entropy_T, Tensor? grad_importance_E, Tensor? grad_loss_L, "
+    "Tensor? bias_E, Tensor? noise_TE, Tensor expert_TK, Tensor load_E, Tensor importance_E, "
+    "Tensor? grad_weight_TK, Tensor? grad_entropy_T, Tensor? grad_importance_E, "
+    "Tensor? grad_loss_L, "
     f"{_OPTIONS}) -> Tensor",
+    native("cpu", "route_backward", float32, bfloat16, float16, unless=_unless_cpu),
     reference(route_backward_reference),
     fake=_backward_fake,
     cost=_backward_cost,

@@ -20,7 +20,7 @@ from torch import Tensor
 import gose_kernels as gk
 from gose_kernels.ops.route import LOSSES, RouteCall, route_backward_reference, route_reference
 from tests import cases
-from tests.checks import assert_close_to_truth, backends_of
+from tests.checks import assert_close_to_truth, assert_close_within_ulps, backends_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["weight_TK", "expert_TK", "entropy_T", "load_E", "importance_E", "loss_L"]
@@ -238,8 +238,8 @@ def test_route_matches_truth(backend, case, dtype):
     if backend != "torch" or torch.equal(same[1], truth[1]):  # rounding may reorder tied tokens
         for i in GRADIENTS[:3]:
             assert_close_to_truth(got[i], same[i], truth[i])
-        for i in range(len(LOSSES)):  # of different scales: the error rule one by one
-            assert_close_to_truth(*(x[5][i : i + 1] for x in (got, same, truth)))
+        # A CV^2 near 0 is a difference of float32 numbers near 1: absolute error.
+        torch.testing.assert_close(got[5].double(), truth[5], rtol=2e-6, atol=1e-9)
 
 
 def differentiable(args: tuple[Any, ...]) -> int:
@@ -284,14 +284,14 @@ def test_gradient_matches_truth(backend, case, dtype):
     args, options = case.build(dtype)
     out = route_reference(*args, **options)
     up = gradients(args, out, torch.float32)
-    full = (*args, out[1], out[3], *up)
-    reason = gk.ops["route_backward"].reasons(*full, **options)[backend]
+    full = (*args, out[1], out[3], out[4], *up)
+    reason = gk.OPS["route_backward"].reasons(*full, **options)[backend]
     if reason is not None:
-        assert backend == "cpu"
+        assert reason == gk.route.reasons(*args, **options)[backend]
         return
     got = torch.ops.gose.route_backward(*full, backend=backend, **options)
     assert bool(got.isfinite().all())
-    assert_close_to_truth(
+    assert_close_within_ulps(
         got,
         route_backward_reference(*full, **options),
         route_backward_reference(*doubled(full), **options),
@@ -302,12 +302,14 @@ def test_gradient_matches_truth(backend, case, dtype):
 def test_autograd_reaches_what_ranks(backend):
     for case in (cases.RouteCase(9, 6, 2), *(c for c in cases.route if c.entropy)):
         args, options = case.build()
+        if not runs_on(backend, args, options):
+            continue
         at = differentiable(args)
         variable = args[at].detach().clone().requires_grad_()
         out = gk.route(*args[:at], variable, *args[at + 1 :], backend=backend, **options)
         up = gradients(args, out, torch.float32)
         torch.autograd.backward([out[i] for i in GRADIENTS], up)
-        wanted = route_backward_reference(*args, out[1], out[3], *up, **options)
+        wanted = route_backward_reference(*args, out[1], out[3], out[4], *up, **options)
         torch.testing.assert_close(variable.grad, wanted, rtol=1e-4, atol=1e-6)
         assert not out[1].requires_grad
 
@@ -514,7 +516,7 @@ def test_opcheck(case, backend):
     options = {**options, "backend": backend}
     out = gk.route(*args, **options)
     up = gradients(args, out, torch.float32)
-    full = (*args, out[1], out[3], *up)
+    full = (*args, out[1], out[3], out[4], *up)
     torch.library.opcheck(torch.ops.gose.route.default, args, options)
     options["backend"] = None
     torch.library.opcheck(torch.ops.gose.route_backward.default, full, options)
@@ -537,7 +539,11 @@ REFUSALS = [
     ("entropy_TE must be None, got a tensor", (SCORE, 1, SCORE), {}),
     ("entropy_E must be of shape (6,), got (4, 6)", (SCORE, 1, None, SCORE), {"policy": "egs"}),
     ("entropy_TE must be of shape (4, 6), got (6,)", (SCORE, 1, FLAT), {"policy": "egs"}),
-    ("exactly one of entropy_TE and entropy_E must be given", (SCORE, 1), {"policy": "egs"}),
+    (
+        "exactly one of entropy_TE and entropy_E must be given to policy egs, got 0",
+        (SCORE, 1),
+        {"policy": "egs"},
+    ),
     (
         "exactly one of entropy_TE and entropy_E must be given to policy egs, got 2",
         (SCORE, 1, SCORE, FLAT),
@@ -555,9 +561,9 @@ REFUSALS = [
         {"policy": "sigmoid"},
     ),
     ("noise_TE must be of shape (4, 6)", (SCORE, 1, None, None, None, FLAT), {}),
-    ("entropy_floor must be above 0, got 0.0", (SCORE, 1), {"entropy_floor": 0.0}),
+    ("entropy_floor must be above 0, got 0", (SCORE, 1), {"entropy_floor": 0.0}),
     ("tau must be None, got 0.5: only policy egs reads it", (SCORE, 1), {"tau": 0.5}),
-    ("tau must be above 0, got 0.0", (SCORE, 1, SCORE), {"policy": "egs", "tau": 0.0}),
+    ("tau must be above 0, got 0", (SCORE, 1, SCORE), {"policy": "egs", "tau": 0.0}),
     ("gate must be softmax or sigmoid, got 'tanh'", (SCORE, 1), {"gate": "tanh"}),
     (
         "num_groups must be a divisor of E=6, got 4",
