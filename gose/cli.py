@@ -176,9 +176,9 @@ def explain(
 ) -> None:
     """Which backend of an op runs for a device and dtype, and why the others do not."""
     with _bad_input_exits_2():
-        if op is not None and op not in gk.ops:
-            raise ValueError(f"explain: no op named {op!r}{_nearest(op, gk.ops)}; ops: {_ops()}")
-        names = [op] if op is not None else [n for n in gk.ops if gk.ops[n].example is not None]
+        if op is not None and op not in gk.OPS:
+            raise ValueError(f"explain: no op named {op!r}{_nearest(op, gk.OPS)}; ops: {_ops()}")
+        names = [op] if op is not None else [n for n in gk.OPS if gk.OPS[n].example is not None]
         rows = {
             name: gk.explain(name, device=device, dtype=getattr(torch, dtype)) for name in names
         }
@@ -218,7 +218,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _ops() -> str:
-    return ", ".join(sorted(gk.ops))
+    return ", ".join(sorted(gk.OPS))
 
 
 def _refuse_missing_data(chosen: config.SystemConfig) -> None:
@@ -336,7 +336,7 @@ def _tell(text: str) -> None:
 def _bad_input_exits_2() -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, DataError) as error:
+    except (ValueError, TypeError, DataError, OSError) as error:
         _tell(f"error: {error}")
         raise typer.Exit(2) from None
 

@@ -59,11 +59,8 @@ def refused(result, message):
     assert "Traceback" not in result.output
 
 
-def test_version_is_that_of_the_package():
-    done = subprocess.run(
-        [sys.executable, "-m", "gose", "--version"], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == version("gose")
+def test_version_is_that_of_the_package(gose):
+    assert gose("--version").stdout.strip() == version("gose")
 
 
 def test_no_command_prints_help(gose):
@@ -129,6 +126,11 @@ def test_a_missing_set_exits_2_and_makes_nothing(gose, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "locate", missing)
     refused(gose("run", "quickstart"), "is missing; run: gose data fetch mnist-5k")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_disk_refuses_exits_2(gose, tmp_path):
+    (tmp_path / "here" / "lock").mkdir(parents=True)
+    refused(gose("run", "quickstart", "--out", "here"), "Is a directory: 'here/lock'")
 
 
 def test_what_the_first_unit_refuses_exits_2(gose, monkeypatch):
@@ -269,7 +271,7 @@ def test_explain_gives_the_reasons_of_the_registry(gose, device):
     rows = gk.explain("combine", device=device)
     assert document == {"combine": [row._asdict() for row in rows]}
     assert [row["backend"] for row in document["combine"]] == [
-        b.name for b in gk.ops["combine"].backends
+        b.name for b in gk.OPS["combine"].backends
     ]
     assert sum(row["chosen"] for row in document["combine"]) == 1
     text = " ".join(gose("explain", "combine", "--device", device).stdout.split())
@@ -282,7 +284,7 @@ def test_explain_gives_the_reasons_of_the_registry(gose, device):
 
 def test_explain_without_a_name_tells_of_every_op(gose):
     document = json.loads(gose("explain", "--json").stdout)
-    assert list(document) == [name for name, op in gk.ops.items() if op.example is not None]
+    assert list(document) == [name for name, op in gk.OPS.items() if op.example is not None]
 
 
 def test_explain_refuses_with_the_nearest_name(gose):

@@ -88,7 +88,7 @@ for index in range(int(sys.argv[3])):
 
 def test_killed_again_and_again_it_still_ends_with_the_same_bytes(tmp_path):
     wanted = whole(tmp_path / "whole")
-    runs = 6
+    runs = 3
     done = subprocess.run(
         [sys.executable, "-c", KILLED, tmp_path, "0", str(runs)], capture_output=True, text=True
     )
