@@ -53,7 +53,7 @@ $(VENV)/.torch: | $(BIN)/python
 	touch $@
 
 $(VENV)/.run: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[data,report]"
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[data]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(SOURCES)

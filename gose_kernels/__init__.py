@@ -1,7 +1,7 @@
 """Tensor kernels for mixtures of experts: one op per name, a reference and fast backends each.
 
 `gk.<op>(...)` runs the first backend that can; `backend=` names one, which runs or raises its
-reason. `gk.ops` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
+reason. `gk.OPS` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
 """
 
 from gose_kernels import native, optim, philox, profiling
@@ -23,11 +23,11 @@ from gose_kernels.ops.quantize import (
 )
 from gose_kernels.ops.route import route
 from gose_kernels.ops.squared_grad import squared_grad
-from gose_kernels.registry import OPS as ops
-from gose_kernels.registry import Backend, Cost, Op, explain
+from gose_kernels.registry import OPS, Backend, Cost, Op, explain
 
 __all__ = [
     "FORMATS",
+    "OPS",
     "Backend",
     "Cost",
     "Format",
@@ -47,7 +47,6 @@ __all__ = [
     "masked_sgd_",
     "moe",
     "native",
-    "ops",
     "optim",
     "philox",
     "profiling",

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Count:
     """What one op did on one backend; bytes and FLOPs are the op's declared cost.
 
-    wall_seconds excludes ops called from inside (host time: a GPU backend's launches, not kernels).
+    Ops that an op calls inside are part of it and not counted apart. wall_seconds is host time: of
+    a GPU backend it covers the launches, not the kernels.
     """
 
     calls: int = 0
@@ -36,7 +37,7 @@ class Counts:
 
     def __init__(self, *, trace: bool) -> None:
         self.table: dict[tuple[str, str], Count] = {}
-        self._inner_seconds = [0.0]
+        self._inside = False
         self._nvtx: Any = None
         self._trace = trace
         if trace and torch.cuda.is_available() and importlib.util.find_spec("nvtx"):
@@ -50,21 +51,21 @@ class Counts:
         options: dict[str, Any],
     ) -> Any:
         """Run the call, add it to the table, mark its range for torch's profiler and nvtx."""
+        if self._inside:
+            return backend.run(*args, **options)
         count = self.table.setdefault((op.name, backend.name), Count())
         cost = op.cost(*args, **options) if op.cost is not None else registry.Cost(0, 0, 0)
-        self._inner_seconds.append(0.0)
+        self._inside = True
         start = time.perf_counter()
         try:
             result = self._run(f"gose::{op.name}[{backend.name}]", backend, args, options)
         finally:
-            elapsed = time.perf_counter() - start
-            inner = self._inner_seconds.pop()
-            self._inner_seconds[-1] += elapsed
+            self._inside = False
+        count.wall_seconds += time.perf_counter() - start
         count.calls += 1
         count.tokens += cost.tokens
         count.bytes += cost.bytes
         count.flops += cost.flops
-        count.wall_seconds += elapsed - inner
         return result
 
     def _run(
@@ -84,7 +85,7 @@ class Counts:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds inside gose ops, each moment counted once."""
+        """Seconds inside gose ops."""
         return sum(c.wall_seconds for c in self.table.values())
 
 

@@ -20,6 +20,9 @@ from torch import Tensor
 from gose_kernels import native as native_library
 
 _LIBRARY = torch.library.Library("gose", "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 class Cost(NamedTuple):
@@ -283,9 +286,16 @@ class Op:
         """The call below autograd, autocast and torch's dispatcher."""
         bound, bound_options, backend = self._bind(args, options)
         picked = self.pick(*bound, backend=backend, **bound_options)
+        if torch._C._is_any_autocast_enabled():
+            # The op's own casts are done; what a reference calls inside must not cast again.
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+                return self._observed(picked, bound, bound_options)
+        return self._observed(picked, bound, bound_options)
+
+    def _observed(self, picked: Backend, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if observers:
-            return observers[-1].call(self, picked, bound, bound_options)
-        return picked.run(*bound, **bound_options)
+            return observers[-1].call(self, picked, args, options)
+        return picked.run(*args, **options)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling() or _needs_dispatcher(
@@ -331,12 +341,26 @@ def _register_autocast(op: Op, names: tuple[str, ...]) -> None:
         install(device)
 
 
+def _register_training(op: Op, graph: Callable[..., Any]) -> None:
+    """Autograd runs `graph` in the place of an op that saves nothing for a backward."""
+
+    def autograd(keys: torch._C.DispatchKeySet, *args: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return graph(*args, **options)
+        with torch._C._AutoDispatchBelowAutograd():
+            below = keys & torch._C._after_autograd_keyset
+            return op.overload.redispatch(below, *args, **options)
+
+    _LIBRARY.impl(op.name, autograd, "Autograd", with_keyset=True)
+
+
 def register(
     schema: str,
     *backends: Backend,
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    training: Callable[..., Any] | None = None,
     cost: Callable[..., Cost] | None = None,
     example: Callable[[torch.device, torch.dtype], tuple[Any, ...]] | None = None,
     autocast: tuple[str, ...] = (),
@@ -346,6 +370,8 @@ def register(
     schema         ends in `*, ..., str? backend=None`; tensor arguments are positional
     fake           shapes and dtypes of the outputs, called with the schema's arguments
     setup_context, backward   in the form of torch.library.register_autograd
+    training       instead of a backward: run in the op's place, on the op's arguments, where one of
+                   them requires a gradient; the same outputs from differentiable ops
     cost           Cost of a call, from its bound arguments
     example        small valid positional inputs on a device, in a dtype, for `explain` and benches
     autocast       names of the floating-point arguments that autocast casts
@@ -360,6 +386,8 @@ def register(
         torch.library.register_autograd(
             qualified, backward, setup_context=setup_context, lib=_LIBRARY
         )
+    if training is not None:
+        _register_training(op, training)
     if autocast:
         _register_autocast(op, autocast)
     OPS[op.name] = op

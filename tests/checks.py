@@ -58,18 +58,18 @@ def assert_close_within_ulps(
 
 
 def backends_of(name: str) -> list[object]:
-    """Every backend of op `name` as a pytest parameter; one that cannot run on CPU tensors here is
-    skipped with its reason."""
+    """Every written backend of op `name` as a pytest parameter; one that cannot run on CPU tensors
+    here is skipped with its reason."""
     op = gk.OPS[name]
     assert op.example is not None
-    args = op.example(torch.device("cpu"), torch.float32)
+    reasons = op.reasons(*op.example(torch.device("cpu"), torch.float32))
     return [
         pytest.param(
-            backend,
+            b.name,
             marks=[]
-            if reason is None
-            else pytest.mark.skip(reason=f"{name} on {backend}: {reason}"),
-            id=backend,
+            if (reason := reasons[b.name]) is None
+            else pytest.mark.skip(reason=f"{name} on {b.name}: {reason}"),
+            id=b.name,
         )
-        for backend, reason in op.reasons(*args).items()
+        for b in op.backends
     ]

@@ -57,7 +57,6 @@ import torch
 from torch import Tensor
 
 from gose_kernels.ops.activations import ACTIVATIONS, Activation
-from gose_kernels.ops.training import register_training
 from gose_kernels.registry import Cost, reference, register
 
 
@@ -457,10 +456,17 @@ _OPTIONS = (
 )
 _ARGUMENTS = f"{_TENSORS.format(none='=None')}, *, {_OPTIONS}, str? backend=None"
 
+
+def _train(*args: Any, **options: Any) -> Tensor:
+    out_TD: Tensor = torch.ops.gose.expert_mlp_train(*args, **options)[0]
+    return out_TD
+
+
 expert_mlp = register(
     f"expert_mlp({_ARGUMENTS}) -> Tensor",
     reference(expert_mlp_reference),
     fake=_fake,
+    training=_train,
     cost=_cost,
     example=_example,
     autocast=("x_TD", "w_up_EHD", "w_down_EDF", "bias_up_EH", "bias_down_ED"),
@@ -487,11 +493,3 @@ expert_mlp_backward = register(
     cost=_backward_cost,
     example=_backward_example,
 )
-
-
-def _train(*args: Any, **options: Any) -> Tensor:
-    out_TD: Tensor = torch.ops.gose.expert_mlp_train(*args, **options)[0]
-    return out_TD
-
-
-register_training(expert_mlp, _train)

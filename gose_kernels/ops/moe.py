@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gose_kernels.ops.training import register_training
 from gose_kernels.registry import OPS, Cost, reference, register
 
 _MLP_OPTIONS = ("activation", "interleaved", "transposed", "limit", "alpha")
@@ -155,8 +154,8 @@ moe = register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference(moe_reference),
     fake=_layer,
+    training=_layer,
     cost=_cost,
     example=_example,
     autocast=("x_TD", "w_up_EHD", "w_down_EDF", "bias_up_EH", "bias_down_ED"),
 )
-register_training(moe, _layer)

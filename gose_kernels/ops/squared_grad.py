@@ -117,11 +117,10 @@ def squared_grad_reference(
         square_FD = square_EFD if offset_E1 is None else square_EFD[e]
         square_F = square_bias_EF if offset_E1 is None else square_bias_EF[e]
         x_nD, grad_nF = x_ND[start:stop].to(dtype), grad_NF[start:stop].to(dtype)
-        with torch.autocast(x_ND.device.type, enabled=False):
-            if sample_N is None:
-                _add_rows_(square_FD, square_F, x_nD, grad_nF)
-            else:
-                _add_samples_(square_FD, square_F, x_nD, grad_nF, sample_N[start:stop])
+        if sample_N is None:
+            _add_rows_(square_FD, square_F, x_nD, grad_nF)
+        else:
+            _add_samples_(square_FD, square_F, x_nD, grad_nF, sample_N[start:stop])
     return square_EFD, square_bias_EF
 
 

@@ -22,7 +22,7 @@ ROOT = Path(gk.__file__).parent.parent
 LIBRARY = Path(gk.__file__).parent / "libgose_kernels.so"
 ARCHITECTURES = ("80", "90a", "100a")
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-OPS = [op for op in gk.ops if op.removesuffix("_backward") in {s.stem for s in SOURCES}]
+OPS = [op for op in gk.OPS if op.removesuffix("_backward") in {s.stem for s in SOURCES}]
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ _COMBINE = (
     "import torch, gose_kernels as gk\n"
     "y, w = torch.arange(8.).view(4, 2), torch.ones(2, 2)\n"
     "r = torch.arange(4, dtype=torch.int32).view(2, 2)\n"
-    "print(gk.__file__, gk.ops['combine'].pick(y, w, r).name, gk.combine(y, w, r).tolist())\n"
+    "print(gk.__file__, gk.OPS['combine'].pick(y, w, r).name, gk.combine(y, w, r).tolist())\n"
 )
 
 

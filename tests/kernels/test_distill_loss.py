@@ -206,6 +206,18 @@ def test_parts_with_factor_zero_are_left_out_not_multiplied(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_classes_of_the_tail_that_the_student_cannot_give_have_no_gradient(backend):
+    student = torch.tensor([[2.0, -math.inf, 1.0, -math.inf]], requires_grad=True)
+    teacher, ids, tail = torch.tensor([[1.0, 0.0]]), torch.tensor([[0, 2]]), torch.zeros(1)
+    loss = gk.distill_loss(
+        student, teacher, torch.tensor([0]), None, None, ids, tail, task_weight=0.0, backend=backend
+    )
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert student.grad.tolist() == [[0.0] * 4]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_stays_visible_in_its_sample(backend):
     student, teacher, label = torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(4).long()
     student[0, 1], teacher[1, 2] = math.nan, math.nan

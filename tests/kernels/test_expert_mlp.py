@@ -364,7 +364,7 @@ def test_frozen_experts_cost_no_product() -> None:
         tensors = (*args, frozen_E, frozen_EF, pre_NH, torch.ones(T, D))
         with FlopCounterMode(display=False) as counter:
             expert_mlp_backward_reference(*tensors, **needs)
-        declared = gk.ops["expert_mlp_backward"].cost_of(*tensors, **needs).flops
+        declared = gk.OPS["expert_mlp_backward"].cost_of(*tensors, **needs).flops
         if frozen_E is None and frozen_EF is None:
             assert declared == counter.get_total_flops()
         return counter.get_total_flops() / each

@@ -159,7 +159,7 @@ def test_declared_work_is_the_work() -> None:
     cost = gk.grouped_gemm.cost_of(*args, **options)
     assert cost.flops == counter.get_total_flops() == 2 * 40 * 7 * 11
     assert cost.bytes == 4 * (40 * 11 + 3 * 7 * 11 + 40 * 7 + 4)
-    backward = gk.ops["grouped_gemm_backward"].cost_of(torch.ones(40, 7), args[0], args[2])
+    backward = gk.OPS["grouped_gemm_backward"].cost_of(torch.ones(40, 7), args[0], args[2])
     assert backward.flops == cost.flops
 
 

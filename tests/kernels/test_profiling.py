@@ -1,4 +1,4 @@
-"""profiling.record: calls, tokens, bytes, FLOPs by op and backend; each second counted once."""
+"""profiling.record: calls, tokens, bytes, FLOPs and seconds by op and backend, counted once."""
 
 from __future__ import annotations
 
@@ -45,15 +45,13 @@ def test_counts_equal_the_declared_costs() -> None:
     assert counts.table["combine", "torch"].calls == 3, "the block has ended"
 
 
-def test_nested_ops_count_their_seconds_once() -> None:
+def test_an_op_inside_an_op_is_part_of_it() -> None:
     start = time.perf_counter()
     with gk.profiling.record() as counts:
         torch.ops.gose.test_outer(torch.ones(3))
     elapsed = time.perf_counter() - start
-    inner, outer = counts.table["test_inner", "torch"], counts.table["test_outer", "torch"]
-    assert inner.wall_seconds >= 0.02
-    assert outer.wall_seconds < 0.02
-    assert counts.wall_seconds <= elapsed
+    assert list(counts.table) == [("test_outer", "torch")]
+    assert 0.02 <= counts.wall_seconds <= elapsed
 
 
 def test_blocks_nest_and_survive_errors() -> None:

@@ -146,18 +146,18 @@ def test_explain_imitates_a_device_that_is_not_here() -> None:
         assert reasons["triton"] is not None
 
 
-@pytest.mark.parametrize("name", sorted(gk.ops))
+@pytest.mark.parametrize("name", sorted(gk.OPS))
 def test_every_op_of_the_library_explains_itself_and_ends_in_the_reference(name: str) -> None:
-    op = gk.ops[name]
+    op = gk.OPS[name]
     assert op.backends[-1].name == "torch"
     assert op.cost is not None
     rows = gk.explain(name)
     assert sum(r.chosen for r in rows) == 1
 
 
-@pytest.mark.parametrize("name", sorted(gk.ops))
+@pytest.mark.parametrize("name", sorted(gk.OPS))
 def test_declared_cost_of_the_example_is_positive(name: str) -> None:
-    op = gk.ops[name]
+    op = gk.OPS[name]
     assert op.example is not None
     cost = op.cost_of(*op.example(torch.device("cpu"), torch.float32))
     assert cost.tokens > 0
