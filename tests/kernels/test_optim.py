@@ -346,6 +346,9 @@ def test_clip_grad_norm_takes_one_tensor_and_names_a_norm_that_is_not_finite():
     norm = gk.optim.clip_grad_norm_(p, 1.0, frozen=frozen, error_if_nonfinite=True)
     assert float(norm) == 5.0
     torch.testing.assert_close(p.grad[::2], torch.tensor([0.6, 0.8]))
+    p.grad = torch.tensor([3.0, 100.0, 4.0])
+    gk.optim.clip_grad_norm_(p, 1.0, frozen=frozen)
+    torch.testing.assert_close(p.grad, torch.tensor([0.6, 100.0, 0.8]))
     with pytest.raises(ValueError, match=r"a mask in frozen must be bool, got torch.float32"):
         gk.optim.clip_grad_norm_(p, 1.0, frozen={p: torch.ones(3)})
 
@@ -436,6 +439,31 @@ def test_a_different_mask_on_load_is_an_error_that_changes_nothing():
     unmasked = torch.optim.AdamW([parameter(3, 4)])
     with pytest.raises(ValueError, match=r"4 of 12 elements are frozen"):
         MaskedAdamW([q], frozen={q: mask}).load_state_dict(unmasked.state_dict())
+
+
+def test_a_state_dict_shares_no_mask_with_its_optimizer():
+    p = parameter(3)
+    optimizer = MaskedSGD([p], lr=0.1, frozen={p: torch.tensor([True, False, False])})
+    optimizer.state_dict()["state"][0]["frozen"].fill_(True)
+    start = p.detach().clone()
+    train(optimizer, p, 1)
+    assert (p != start).tolist() == [False, True, True]
+
+
+def test_step_counts_of_single_elements_load_under_a_mask_of_rows():
+    rows = torch.tensor([[True], [False], [False]])
+    p, q = parameter(3, 4), parameter(3, 4)
+    optimizer = MaskedAdamW([p], frozen={p: torch.eye(3, 4, dtype=torch.bool)})
+    train(optimizer, p, 3)
+    optimizer.set_frozen(p, rows)
+    train(optimizer, p, 2, first=3)
+    resumed = MaskedAdamW([q], frozen={q: rows})
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        q.copy_(p)
+    path, expected = train(resumed, q, 3, first=5), train(optimizer, p, 3, first=5)
+    assert resumed.state[q]["step"][1].tolist() == [8.0, 5.0, 8.0, 8.0]
+    assert torch.equal(path[-1], expected[-1])
 
 
 def test_state_dicts_of_torchs_optimizers_load_where_nothing_is_frozen():
