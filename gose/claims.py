@@ -1,137 +1,154 @@
 """What the project promises of a run, each promise beside the number that came out.
 
-Every value is a mean over seeds of quantities measured in this run; the note gives the seeds.
+Every value is a mean over seeds of quantities measured in this run; the values of the seeds stand
+beside it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-Row = Mapping[str, Any]
+Row: TypeAlias = Mapping[str, Any]
+MAIN = "main"  # the arm that is the config itself
+
+
+class MissingError(LookupError):
+    """An arm that a claim compares with did not run, or measured nothing."""
+
+
+class Claim(NamedTuple):
+    """A promise. value: from the rows of one seed; at_least: the value must not be below wanted."""
+
+    name: str
+    wanted: float
+    at_least: bool
+    value: Callable[[Sequence[Row]], float]
+    note: str
+
+
+def _find(rows: Sequence[Row], kind: str, **wanted: str) -> Row:
+    for row in rows:
+        if row["kind"] == kind and all(row.get(key) == value for key, value in wanted.items()):
+            return row
+    raise MissingError(f"{kind} {wanted}")
+
+
+def _summary(rows: Sequence[Row], key: str, arm: str = MAIN) -> Any:
+    return _find(rows, "summary", arm=arm)[key]
+
+
+def _mode(rows: Sequence[Row], mode: str, key: str) -> Any:
+    return _find(rows, "routing", arm=MAIN, mode=mode)[key]
+
+
+def _student_share(key: str) -> Callable[[Sequence[Row]], float]:
+    return lambda rows: _find(rows, "student")[key] / _find(rows, "teacher")[key]
+
+
+def _forgetting_cut(arm: str) -> Callable[[Sequence[Row]], float]:
+    def value(rows: Sequence[Row]) -> float:
+        ours, control = (_summary(rows, "bwt_gem", name) for name in (MAIN, arm))
+        if not control:
+            raise MissingError("one task only, or a control that forgot nothing")
+        return float(1 - ours / control)
+
+    return value
+
+
+CLAIMS = (
+    Claim(
+        "student accuracy / teacher accuracy",
+        0.9,
+        True,
+        _student_share("top1"),
+        "top-1 on the test images of the first task",
+    ),
+    Claim(
+        "student training FLOPs / teacher training FLOPs",
+        0.6,
+        False,
+        _student_share("train_flops"),
+        "sensitivity, meta model, distillation and fine-tuning; the teacher's own are not in it",
+    ),
+    Claim(
+        "EGS accuracy - static accuracy",
+        0.0,
+        True,
+        lambda rows: _mode(rows, "posterior", "top1") - _mode(rows, "static", "top1"),
+        "mean over tasks on the final graph; static is the literal form",
+    ),
+    Claim(
+        "EGS FLOPs / FLOPs of all modules",
+        0.5,
+        False,
+        lambda rows: (
+            _mode(rows, "posterior", "flops_per_input") / _mode(rows, "all", "flops_per_input")
+        ),
+        "executed per input, shared modules and router counted",
+    ),
+    Claim(
+        "forgetting cut by KPP against no preservation",
+        0.2,
+        True,
+        _forgetting_cut("preserve=none"),
+        "1 - BWT / BWT of the arm preserve=none (GEM)",
+    ),
+    Claim(
+        "forgetting cut by KPP against a random mask",
+        0.0,
+        True,
+        _forgetting_cut("preserve=random"),
+        "1 - BWT / BWT of the arm preserve=random (GEM): as many frozen, drawn blindly",
+    ),
+    Claim(
+        "float32 bytes / bytes sent",
+        3.5,
+        True,
+        lambda rows: _summary(rows, "bytes_float32") / _summary(rows, "bytes_sent"),
+        "all packets with headers and statistics; frozen elements are in neither",
+    ),
+    Claim(
+        "accuracy lost by the codec",
+        0.01,
+        False,
+        lambda rows: _summary(rows, "acc", "codec=none") - _summary(rows, "acc"),
+        "ACC of the arm codec=none - ACC",
+    ),
+    Claim(
+        "merged accuracy - best isolated site",
+        0.0,
+        True,
+        lambda rows: _summary(rows, "acc") - max(_summary(rows, "site_acc", "merge=none")),
+        "ACC; the best site is picked by its test accuracy, in its favour",
+    ),
+)
 
 
 def claims(results: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows of kind "claim" from rows teacher, student, summary and routing of all seeds.
+    """Rows of kind "claim" from the rows teacher, student, summary and routing of all seeds.
 
-    A claim whose arms did not run is left out.
+    A claim is left out where an arm that it compares with did not run.
     """
     seeds = list(dict.fromkeys(row["seed"] for row in results))
-
-    def found(seed: int, kind: str, **wanted: str) -> Row:
-        return next(
-            row
-            for row in results
-            if row["kind"] == kind
-            and row["seed"] == seed
-            and all(row[key] == value for key, value in wanted.items())
-        )
-
-    def main(seed: int) -> Row:
-        return found(seed, "summary", arm="main")
-
-    def control(seed: int, arm: str) -> Row:
-        return found(seed, "summary", arm=arm)
-
-    def mode(seed: int, name: str) -> Row:
-        return found(seed, "routing", arm="main", mode=name)
-
-    def student_accuracy(seed: int) -> float:
-        return float(found(seed, "student")["top1"] / found(seed, "teacher")["top1"])
-
-    def student_flops(seed: int) -> float:
-        student, teacher = found(seed, "student"), found(seed, "teacher")
-        return float(student["train_flops"] / teacher["train_flops"])
-
-    def forgetting_cut(seed: int, arm: str) -> float:
-        """1 - forgetting of the run / forgetting of the arm, by GEM's backward transfer."""
-        return float(1 - main(seed)["bwt_gem"] / control(seed, arm)["bwt_gem"])
-
-    rows = []
-
-    def claim(
-        name: str, wanted: float, value_of: Callable[[int], float], note: str, *, at_least: bool
-    ) -> None:
+    found = []
+    for claim in CLAIMS if seeds else ():
         try:
-            values = [value_of(seed) for seed in seeds]
-        except (StopIteration, ZeroDivisionError, TypeError):
-            return  # an arm did not run, or the stream has one task
+            values = [
+                claim.value([row for row in results if row["seed"] == seed]) for seed in seeds
+            ]
+        except (MissingError, ZeroDivisionError):
+            continue
         value = sum(values) / len(values)
-        rows.append(
+        found.append(
             {
                 "kind": "claim",
-                "name": name,
-                "wanted": f"{'>=' if at_least else '<='} {wanted:g}",
+                "name": claim.name,
+                "wanted": f"{'>=' if claim.at_least else '<='} {claim.wanted:g}",
                 "value": value,
                 "values": values,
-                "holds": value >= wanted if at_least else value <= wanted,
-                "note": note,
+                "holds": value >= claim.wanted if claim.at_least else value <= claim.wanted,
+                "note": claim.note,
             }
         )
-
-    claim(
-        "student accuracy / teacher accuracy",
-        0.9,
-        student_accuracy,
-        "top-1 on the test images of the first task",
-        at_least=True,
-    )
-    claim(
-        "student training FLOPs / teacher training FLOPs",
-        0.6,
-        student_flops,
-        "sensitivity, meta model, distillation and fine-tuning; the teacher's own are not in it",
-        at_least=False,
-    )
-    claim(
-        "EGS accuracy - static accuracy",
-        0.0,
-        lambda seed: mode(seed, "posterior")["top1"] - mode(seed, "static")["top1"],
-        "mean over tasks, final graph; static is the literal form",
-        at_least=True,
-    )
-    claim(
-        "EGS FLOPs / FLOPs of all modules",
-        0.5,
-        lambda seed: (
-            mode(seed, "posterior")["flops_per_input"] / mode(seed, "all")["flops_per_input"]
-        ),
-        "per input executed, shared modules and router counted",
-        at_least=False,
-    )
-    claim(
-        "forgetting cut by KPP against no preservation",
-        0.2,
-        lambda seed: forgetting_cut(seed, "preserve=none"),
-        "1 - BWT / BWT of the arm preserve=none (GEM)",
-        at_least=True,
-    )
-    claim(
-        "forgetting cut by KPP against a random mask",
-        0.0,
-        lambda seed: forgetting_cut(seed, "preserve=random"),
-        "1 - BWT / BWT of the arm preserve=random: as many frozen, drawn blindly",
-        at_least=True,
-    )
-    claim(
-        "float32 bytes / bytes sent",
-        3.5,
-        lambda seed: main(seed)["bytes_float32"] / main(seed)["bytes_sent"],
-        "all packets with headers and statistics; frozen elements are in neither",
-        at_least=True,
-    )
-    claim(
-        "accuracy lost by the codec",
-        0.01,
-        lambda seed: control(seed, "codec=none")["acc"] - main(seed)["acc"],
-        "ACC of the arm codec=none - ACC",
-        at_least=False,
-    )
-    claim(
-        "merged accuracy - best isolated site",
-        0.0,
-        lambda seed: main(seed)["acc"] - max(control(seed, "merge=none")["site_acc"]),
-        "ACC; the best site is picked by its test accuracy, in its favour",
-        at_least=True,
-    )
-    return rows
+    return found

@@ -88,8 +88,8 @@ class TeacherConfig(Section, frozen=True):
     hidden: PositiveInt = 512  # units of a residual block
     num_blocks: PositiveInt = 2  # residual blocks per stage
     epochs: PositiveInt = 10
-    batch_size: PositiveInt = 64
-    lr: PositiveFloat = 1e-3
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat = 1.5e-3
     weight_decay: NonNegativeFloat = 0.05
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
 
@@ -122,7 +122,7 @@ class PreserveConfig(Section, frozen=True):
     """Which parameters of the shared modules are frozen after a task."""
 
     method: Literal["fisher", "random", "none"] = "fisher"
-    fraction: float = Field(default=0.6, ge=0, le=1)  # of the still free elements of each tensor
+    fraction: float = Field(default=0.5, ge=0, le=1)  # of the still free elements of each tensor
     images: PositiveInt = 500  # at most, per site and task
 
 
@@ -141,9 +141,9 @@ class SitesConfig(Section, frozen=True):
 
     num_sites: PositiveInt = 3
     dirichlet_alpha: PositiveFloat = 0.3  # smaller: more skewed classes per site
-    rounds: PositiveInt = 8  # per task
-    steps: PositiveInt = 25  # per round and site
-    batch_size: PositiveInt = 32
+    rounds: PositiveInt = 6  # per task
+    steps: PositiveInt = 22  # per round and site
+    batch_size: PositiveInt = 48
     lr: PositiveFloat = 2e-3
     shared_lr_factor: float = Field(default=0.25, ge=0)  # stem and body learn slower than experts
     weight_decay: NonNegativeFloat = 0.01

@@ -22,6 +22,7 @@ A student stage starts as the slice of the teacher's stage with the most sensiti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -287,7 +288,7 @@ def assemble(stages: Sequence[Params]) -> list[dict[str, Tensor]]:
     pre(post(x)) = (W_pre W_post) x + (W_pre b_post + b_pre): the same function, D_S x D_S.
     """
     student = [dict(params) for params in stages]
-    for before, after in zip(student, student[1:], strict=False):
+    for before, after in pairwise(student):
         weight, bias = after["pre.weight"], after["pre.bias"]
         after["pre.weight"] = weight @ before.pop("post.weight")
         after["pre.bias"] = weight @ before.pop("post.bias") + bias
@@ -315,6 +316,6 @@ def _top(mass: Tensor, count: int) -> Tensor:
     """Ascending indices of the `count` largest; ties to the smaller index."""
     if count > len(mass):
         raise ValueError(
-            f"distill: a student stage may keep at most the teacher's {len(mass)} units, got {count}"
+            f"distill: a student may keep at most the teacher's {len(mass)} units, got {count}"
         )
     return mass.sort(descending=True, stable=True).indices[:count].sort().values

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gose import learning, metrics, router, sites, units
 from gose.checkpoint import Json, State
+from gose.claims import MAIN
 from gose.config import RouteConfig, SystemConfig
 from gose.data import Examples, Task
 from gose.distill import STAGES
@@ -266,7 +267,7 @@ def _summary(arm: Arm, state: State) -> Outcome:
     rows = []
     groups = _groups(state)
     if len(groups) == 1:
-        methods = [r for r in ROUTES if r == arm.config.route.method or arm.name == "main"]
+        methods = [r for r in ROUTES if r == arm.config.route.method or arm.name == MAIN]
         for method in methods:
             measured = _measure(
                 arm,

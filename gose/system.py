@@ -21,7 +21,7 @@ import torch
 import gose_kernels as gk
 from gose import data, recycling, streaming, units
 from gose.checkpoint import Json, State
-from gose.claims import claims
+from gose.claims import MAIN, claims
 from gose.config import SystemConfig, override
 from gose.data import Task
 from gose.rundir import Progress, RunDir
@@ -29,7 +29,6 @@ from gose.units import Outcome, Unit
 
 # A checkpoint costs about 20 ms; at most this many seconds of work are lost to a kill.
 _COMMIT_SECONDS = 2.0
-MAIN = "main"  # the arm that is the config itself
 
 
 def run(config: SystemConfig, rundir: RunDir) -> Iterator[Progress]:

@@ -6,9 +6,9 @@ is there, H_s (diagonal). With shares a_s that sum to 1
     theta = argmin sum_s a_s (theta - theta_s)^T H_s (theta - theta_s)
           = theta_0 + (sum_s a_s H_s)^-1 sum_s a_s H_s delta_s
 
-H_s = 1 gives the weighted mean [McMahan et al. 2016, Algorithm 1]; H_s = diagonal Fisher information
-gives Fisher merging [Matena and Raffel 2022], here of updates, so that theta_0 is kept exactly
-where nobody moved.
+H_s = 1 gives the weighted mean [McMahan et al. 2016, Algorithm 1]; H_s = diagonal Fisher
+information gives Fisher merging [Matena and Raffel 2022], here of updates, so that theta_0 is kept
+exactly where nobody moved.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def learn(
 def local_fisher(
     site: Site, path: Sequence[Params], *, images: int, generator: torch.Generator
 ) -> list[preserve.Scores]:
-    """Diagonal Fisher information of the path's modules on at most `images` of the site's images."""
+    """Diagonal Fisher information of the path on at most `images` of the site's images."""
     order_B = torch.randperm(len(site.train.label_B), generator=generator)[:images]
     return preserve.fisher(path, site.train.x_BD[order_B], generator=generator)
 
