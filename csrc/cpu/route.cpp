@@ -54,36 +54,36 @@ void widen(const RouteInput& p, int64_t t, const Block& b) {
   });
 }
 
-// Ids of the K largest keys, ties to the smaller id, E where none is left. Lane l of `best` leads
-// the elements l, l + kLanes, ...: taking one rescans its lane alone. Destroys the keys.
+// Ids of the K largest keys, ties to the smaller id, E where none is left. Lane l leads the
+// elements l, l + kLanes, ...: taking one rescans its lane alone. Destroys the keys.
 void choose(float* key, int64_t E, int64_t K, int32_t* expert) {
-  float best[kLanes];
-  int32_t at[kLanes];
+  const vi ids = lane_ids();
+  const vi none = vi{} + int32_t(E);
   vf value = splat(-kInfinity);
-  vi place = vi{} + int32_t(E);
-  vi here;
-  for (int i = 0; i < kLanes; ++i) here[i] = i;
+  vi place = none, here = ids;
   for (int64_t e = 0; e < E; e += kLanes, here += kLanes) {
     const vf x = load(key + e);
     const vi better = x > value;
     value = select(better, x, value);
     place = (better & here) | (~better & place);
   }
-  store(best, value);
-  std::memcpy(at, &place, sizeof at);
   for (int64_t k = 0; k < K; ++k) {
-    int lane = 0;
-    for (int i = 1; i < kLanes; ++i) {
-      if (best[i] > best[lane] || (best[i] == best[lane] && at[i] < at[lane])) lane = i;
-    }
-    expert[k] = at[lane];
-    if (at[lane] == E) continue;
-    key[at[lane]] = -kInfinity;
-    best[lane] = -kInfinity;
-    at[lane] = int32_t(E);
+    const vi leads = value == highest_lane(value);
+    const int32_t taken = lowest_lane((leads & place) | (~leads & none));
+    expert[k] = taken;
+    if (taken == E) continue;
+    key[taken] = -kInfinity;
+    float best = -kInfinity;
+    int32_t at = int32_t(E);
+    const int32_t lane = taken % kLanes;
     for (int64_t e = lane; e < E; e += kLanes) {
-      if (key[e] > best[lane]) best[lane] = key[e], at[lane] = int32_t(e);
+      const bool better = key[e] > best;
+      at = better ? int32_t(e) : at;
+      best = better ? key[e] : best;
     }
+    const vi changed = ids == lane;
+    value = select(changed, splat(best), value);
+    place = (changed & (vi{} + at)) | (~changed & place);
   }
 }
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr float kInfinity = __builtin_inff();
 
-inline vf select(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 inline vf max(vf a, vf b) { return select(a > b, a, b); }
 
 // e^x; 0 below -86.6 (the result would be under 2.5e-38), infinity above 88.72, NaN for NaN.
@@ -69,10 +69,37 @@ inline float log1p(float x) {
   return u == kInfinity || u != u ? u : log(u) + (x - (u - 1.f)) / u;
 }
 
+// The lanes of x in the order of `from`.
+template <class Vector>
+inline Vector lanes(Vector x, vi from) {
+#if defined(__clang__)
+  Vector y;
+  for (int i = 0; i < kLanes; ++i) y[i] = x[from[i]];
+  return y;
+#else
+  return __builtin_shuffle(x, from);
+#endif
+}
+
+inline vi lane_ids() {
+  vi ids;
+  for (int i = 0; i < kLanes; ++i) ids[i] = i;
+  return ids;
+}
+
+// The largest lane, NaN left aside.
 inline float highest_lane(vf x) {
-  float highest = x[0];
-  for (int i = 1; i < kLanes; ++i) highest = x[i] > highest ? x[i] : highest;
-  return highest;
+  for (int half = kLanes / 2; half > 0; half /= 2) x = max(x, lanes(x, lane_ids() ^ half));
+  return x[0];
+}
+
+inline int32_t lowest_lane(vi x) {
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    const vi other = lanes(x, lane_ids() ^ half);
+    const vi less = other < x;
+    x = (less & other) | (~less & x);
+  }
+  return x[0];
 }
 
 inline int32_t sum(vi x) {
@@ -84,15 +111,27 @@ inline int32_t sum(vi x) {
 // The first `count` < kLanes elements, `fill` in the other lanes.
 template <class Float>
 inline vf load_some(const Float* p, int64_t count, float fill) {
-  vf x = splat(fill);
-  for (int64_t i = 0; i < count; ++i) x[i] = to_float(p[i]);
-  return x;
+  Float part[kLanes] = {};
+  std::memcpy(part, p, count * sizeof(Float));
+  return select(lane_ids() < int32_t(count), load(part), splat(fill));
 }
 
 template <class Float>
 inline void store_some(Float* p, int64_t count, vf x) {
-  for (int64_t i = 0; i < count; ++i) from_float(x[i], p + i);
+  Float part[kLanes];
+  store(part, x);
+  std::memcpy(p, part, count * sizeof(Float));
 }
+
+#if defined(__AVX512F__)
+// The masked instruction instead of a call of memcpy: rows are often shorter than a few vectors.
+inline vf load_some(const float* p, int64_t count, float fill) {
+  return (vf)_mm512_mask_loadu_ps((__m512)splat(fill), __mmask16((1u << count) - 1), p);
+}
+inline void store_some(float* p, int64_t count, vf x) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)x);
+}
+#endif
 
 // body(c, x) for the vectors of a row of C elements; lanes past the end hold `fill`.
 template <class Float, class Body>
