@@ -12,7 +12,7 @@ it measured. The list of one seed reads:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -48,13 +48,10 @@ def run(config: SystemConfig, rundir: RunDir) -> Iterator[Progress]:
             outcome = unit.run(state)
         seconds = time.perf_counter() - start
         state = _with_counts(outcome.state, counts)
-        rows: list[Any] = list(outcome.rows)
-        if index + 1 == len(plan):
-            rows += _counter_rows(state)
+        rows = [*outcome.rows, *(_counter_rows(state) if index + 1 == len(plan) else ())]
+        state = with_results(state, rows)
         for row in rows:
             rundir.record(row)
-            if row["kind"] in ("teacher", "student", "summary", "routing"):
-                state = units.put(state, meta={"results": [*_results(state), dict(row)]})
         rundir.record_timing(
             {
                 "unit": unit.name,
@@ -81,7 +78,7 @@ def sequence(config: SystemConfig) -> Iterator[Unit]:
         yield from recycling.recycle(config, seed, tasks)
         for arm, arm_config in arms(config).items():
             yield from streaming.stream(arm_config, seed, arm, tasks)
-    yield Unit("claims", "report", partial(_claims, config))
+    yield Unit("claims", "report", _claims)
 
 
 def arms(config: SystemConfig) -> dict[str, SystemConfig]:
@@ -110,7 +107,13 @@ def stream_of(config: SystemConfig, seed: int) -> Sequence[Task]:
     )
 
 
-def _claims(config: SystemConfig, state: State) -> Outcome:
+def with_results(state: State, rows: Sequence[Mapping[str, Json]]) -> State:
+    """The state with those rows kept that the claims at the end are made of."""
+    kept = [dict(r) for r in rows if r["kind"] in ("teacher", "student", "summary", "routing")]
+    return units.put(state, meta={"results": [*_results(state), *kept]})
+
+
+def _claims(state: State) -> Outcome:
     return Outcome(state, claims(_results(state)))
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.flop_counter import FlopCounterMode
 
 import gose_kernels as gk
 from gose.models import Params
@@ -79,8 +78,8 @@ def fit(
 
 
 def counted_flops(run: Callable[[], object]) -> int:
-    """FLOPs of run() as torch counts them: matrix products, forward and backward, 2 per MAC."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of run(): matrix products, forward and backward, 2 per MAC, and the ops' own."""
+    with gk.profiling.flop_counter() as counter:
         run()
     return int(counter.get_total_flops())
 

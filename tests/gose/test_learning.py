@@ -108,7 +108,7 @@ def test_the_codec_changes_little_and_saves_bytes_exactly():
 def test_residuals_are_what_the_packets_lost():
     members = _members(2)
     group, _ = _begun(members)
-    paths, _, merged, _ = _round(_BASE, members, group)
+    _, _, merged, _ = _round(_BASE, members, group)
     lost = torch.zeros(len(merged.residuals[0]["matrices"]))
     weights = torch.tensor([float(len(site.train.label_B)) for site in members])
     for site, share in zip(members, (weights / weights.sum()).tolist(), strict=True):

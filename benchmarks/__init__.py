@@ -1,0 +1,1 @@
+"""Measurements: `python -m benchmarks NAME`; nothing here is needed at run time."""
