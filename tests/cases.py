@@ -161,6 +161,9 @@ route = [
     RouteCase(1100, 64, 8),
     RouteCase(700, 5, 1, options={"policy": "egs"}, entropy="TE"),
     RouteCase(33, 16, 4, strided=True),
+    RouteCase(21, 70, 20, "ties"),
+    RouteCase(21, 70, 70, "equal"),
+    RouteCase(21, 70, 20, "ties", {"policy": "egs"}, entropy="TE"),
 ]
 
 

@@ -213,6 +213,19 @@ def test_every_pattern_of_ties(options, top_k):
     )
 
 
+@pytest.mark.parametrize("policy", ["softmax", "egs"])
+@pytest.mark.parametrize("E", [3, 5])
+@pytest.mark.parametrize("backend", backends_of("route"))
+def test_every_pattern_of_ties_on_every_backend(backend, E, policy):
+    score_TE = exhaustive(E).float()
+    H = score_TE.flip(0).clamp_min(0) if policy == "egs" else None
+    for top_k in range(1, E + 1):
+        got = gk.route(score_TE, top_k, H, policy=policy, backend=backend)
+        wanted = route_reference(score_TE, top_k, H, policy=policy)
+        assert torch.equal(got[1], wanted[1])
+        assert torch.equal(got[3], wanted[3])
+
+
 def runs_on(backend: str, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
     """Whether `backend` takes the call; if not, that it says so is checked here."""
     reason = gk.route.reasons(*args, **options)[backend]
