@@ -21,12 +21,13 @@ from gose_kernels.ops.quantize import (
     dequantize_add_,
     quantize,
 )
-from gose_kernels.ops.route import route
+from gose_kernels.ops.route import LOSSES, route
 from gose_kernels.ops.squared_grad import squared_grad
 from gose_kernels.registry import OPS, Backend, Cost, Op, explain
 
 __all__ = [
     "FORMATS",
+    "LOSSES",
     "OPS",
     "Backend",
     "Cost",

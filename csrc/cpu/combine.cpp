@@ -76,17 +76,6 @@ void combine_backward_tokens(const CombineBackwardParams& p, int64_t begin, int6
   }
 }
 
-int64_t bytes_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kBFloat16: return 2;
-    case DType::kFloat16: return 2;
-    case DType::kFloat64: return 8;
-    case DType::kInt32: return 4;
-  }
-  return 0;
-}
-
 }  // namespace
 
 void combine(const CombineParams& p, const Parallel& threads) {

@@ -29,37 +29,17 @@ void entropy_backward_rows(const EntropyBackwardParams& p, int64_t begin, int64_
   }
 }
 
-int64_t bytes_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return 4;
-    case DType::kBFloat16:
-      return 2;
-    case DType::kFloat16:
-      return 2;
-    case DType::kFloat64:
-      return 8;
-    case DType::kInt32:
-      return 4;
-  }
-  return 0;
-}
-
 }  // namespace
 
 void entropy(const EntropyParams& p, const Parallel& threads) {
   const int64_t grain = grain_of(p.C * bytes_of(p.dtype));
   parallel_for(threads, p.rows, grain, [&p](int64_t begin, int64_t end) {
     switch (p.dtype) {
-      case DType::kFloat32:
-        return entropy_rows<float>(p, begin, end);
-      case DType::kBFloat16:
-        return entropy_rows<bf16>(p, begin, end);
-      case DType::kFloat16:
-        return entropy_rows<fp16>(p, begin, end);
+      case DType::kFloat32: return entropy_rows<float>(p, begin, end);
+      case DType::kBFloat16: return entropy_rows<bf16>(p, begin, end);
+      case DType::kFloat16: return entropy_rows<fp16>(p, begin, end);
       case DType::kFloat64:
-      case DType::kInt32:
-        return;  // refused by the binding
+      case DType::kInt32: return;  // refused by the binding
     }
   });
 }
@@ -68,15 +48,11 @@ void entropy_backward(const EntropyBackwardParams& p, const Parallel& threads) {
   const int64_t grain = grain_of(2 * p.C * bytes_of(p.dtype));
   parallel_for(threads, p.rows, grain, [&p](int64_t begin, int64_t end) {
     switch (p.dtype) {
-      case DType::kFloat32:
-        return entropy_backward_rows<float>(p, begin, end);
-      case DType::kBFloat16:
-        return entropy_backward_rows<bf16>(p, begin, end);
-      case DType::kFloat16:
-        return entropy_backward_rows<fp16>(p, begin, end);
+      case DType::kFloat32: return entropy_backward_rows<float>(p, begin, end);
+      case DType::kBFloat16: return entropy_backward_rows<bf16>(p, begin, end);
+      case DType::kFloat16: return entropy_backward_rows<fp16>(p, begin, end);
       case DType::kFloat64:
-      case DType::kInt32:
-        return;  // refused by the binding
+      case DType::kInt32: return;  // refused by the binding
     }
   });
 }

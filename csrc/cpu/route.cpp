@@ -330,18 +330,11 @@ void route(const RouteParams& p, const Parallel& threads) {
                [&p](int64_t begin, int64_t end) {
                  for (int64_t block = begin; block < end; ++block) {
                    switch (p.in.dtype) {
-                     case DType::kFloat32:
-                       route_block<float>(p, block);
-                       break;
-                     case DType::kBFloat16:
-                       route_block<bf16>(p, block);
-                       break;
-                     case DType::kFloat16:
-                       route_block<fp16>(p, block);
-                       break;
+                     case DType::kFloat32: route_block<float>(p, block); break;
+                     case DType::kBFloat16: route_block<bf16>(p, block); break;
+                     case DType::kFloat16: route_block<fp16>(p, block); break;
                      case DType::kFloat64:
-                     case DType::kInt32:
-                       break;  // refused by the binding
+                     case DType::kInt32: break;  // refused by the binding
                    }
                  }
                });
@@ -350,15 +343,11 @@ void route(const RouteParams& p, const Parallel& threads) {
 
 void route_backward(const RouteBackwardParams& p, const Parallel& threads) {
   switch (p.in.dtype) {
-    case DType::kFloat32:
-      return route_backward_tokens<float>(p, threads);
-    case DType::kBFloat16:
-      return route_backward_tokens<bf16>(p, threads);
-    case DType::kFloat16:
-      return route_backward_tokens<fp16>(p, threads);
+    case DType::kFloat32: return route_backward_tokens<float>(p, threads);
+    case DType::kBFloat16: return route_backward_tokens<bf16>(p, threads);
+    case DType::kFloat16: return route_backward_tokens<fp16>(p, threads);
     case DType::kFloat64:
-    case DType::kInt32:
-      return;  // refused by the binding
+    case DType::kInt32: return;  // refused by the binding
   }
 }
 

@@ -1,7 +1,8 @@
 // Vectors of the level being compiled: kLanes floats, loads and stores of every storage type.
 //
 // GCC and Clang vector extensions, so one source serves every level. Everything is in an anonymous
-// namespace (see kernels.h) inside the level's: the disassembly test reads the level off the symbol.
+// namespace (see kernels.h) inside the level's: the disassembly test reads the level off the
+// symbol.
 #pragma once
 
 #include <cstdint>
@@ -71,8 +72,8 @@ inline float to_float(fp16 x) {
 inline void from_float(float x, float* out) { *out = x; }
 inline void from_float(float x, bf16* out) {
   const uint32_t u = bits_of(x);
-  out->bits = x != x ? uint16_t((u | 0x400000u) >> 16)
-                     : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  out->bits =
+      x != x ? uint16_t((u | 0x400000u) >> 16) : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 inline void from_float(float x, fp16* out) {
   const uint32_t u = bits_of(x);
@@ -147,6 +148,17 @@ inline void parallel_for(const Parallel& threads, int64_t count, int64_t grain, 
         (*static_cast<const Body*>(context))(begin, end);
       },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+inline int64_t bytes_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return 4;
+    case DType::kBFloat16: return 2;
+    case DType::kFloat16: return 2;
+    case DType::kFloat64: return 8;
+    case DType::kInt32: return 4;
+  }
+  return 0;
 }
 
 // Rows per piece so that a piece moves about 64 KB: below that a thread costs more than it saves.

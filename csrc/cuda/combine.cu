@@ -102,15 +102,11 @@ cudaError_t combine_backward_as(const CombineBackwardParams& p, cudaStream_t str
 cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
   if (p.T == 0 || p.D == 0) return cudaSuccess;  // an empty grid is a launch error
   switch (p.dtype) {
-    case DType::kFloat32:
-      return combine_as<float>(p, stream);
-    case DType::kBFloat16:
-      return combine_as<__nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return combine_as<__half>(p, stream);
+    case DType::kFloat32: return combine_as<float>(p, stream);
+    case DType::kBFloat16: return combine_as<__nv_bfloat16>(p, stream);
+    case DType::kFloat16: return combine_as<__half>(p, stream);
     case DType::kFloat64:
-    case DType::kInt32:
-      return cudaErrorInvalidValue;
+    case DType::kInt32: return cudaErrorInvalidValue;
   }
   return cudaErrorInvalidValue;
 }
@@ -118,15 +114,11 @@ cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
 cudaError_t combine_backward(const CombineBackwardParams& p, cudaStream_t stream) {
   if (p.T == 0 || p.K == 0) return cudaSuccess;  // D = 0 still writes grad_weight
   switch (p.dtype) {
-    case DType::kFloat32:
-      return combine_backward_as<float>(p, stream);
-    case DType::kBFloat16:
-      return combine_backward_as<__nv_bfloat16>(p, stream);
-    case DType::kFloat16:
-      return combine_backward_as<__half>(p, stream);
+    case DType::kFloat32: return combine_backward_as<float>(p, stream);
+    case DType::kBFloat16: return combine_backward_as<__nv_bfloat16>(p, stream);
+    case DType::kFloat16: return combine_backward_as<__half>(p, stream);
     case DType::kFloat64:
-    case DType::kInt32:
-      return cudaErrorInvalidValue;
+    case DType::kInt32: return cudaErrorInvalidValue;
   }
   return cudaErrorInvalidValue;
 }
