@@ -7,6 +7,9 @@ namespace {
 // Columns held in registers while the K rows of a token stream past.
 constexpr int kBlock = 4;
 
+// Vectors that a dot product is summed in: 32 partial sums at every level, for their small error.
+constexpr int kDot = 32 / kLanes;
+
 template <class Float>
 void combine_tokens(const CombineParams& p, int64_t begin, int64_t end) {
   const Float* y = static_cast<const Float*>(p.y);
@@ -56,10 +59,10 @@ void combine_backward_tokens(const CombineBackwardParams& p, int64_t begin, int6
       const Float* from = y + row * p.stride_yn;
       Float* to = grad_y + row * p.D;
       const vf w = splat(p.weight[slot]);
-      vf dot[2] = {};
+      vf dot[kDot] = {};
       int64_t d = 0;
-      for (; d + 2 * kLanes <= p.D; d += 2 * kLanes) {
-        for (int b = 0; b < 2; ++b) {
+      for (; d + kDot * kLanes <= p.D; d += kDot * kLanes) {
+        for (int b = 0; b < kDot; ++b) {
           const vf g = load(grad + d + b * kLanes);
           store(to + d + b * kLanes, w * g);
           dot[b] += g * load(from + d + b * kLanes);
@@ -71,7 +74,8 @@ void combine_backward_tokens(const CombineBackwardParams& p, int64_t begin, int6
         from_float(p.weight[slot] * g, to + d);
         tail += g * to_float(from[d]);
       }
-      p.grad_weight[slot] = sum(dot[0] + dot[1]) + tail;
+      for (int b = 1; b < kDot; ++b) dot[0] += dot[b];
+      p.grad_weight[slot] = sum(dot[0]) + tail;
     }
   }
 }
