@@ -115,7 +115,7 @@ class DistillConfig(Section, frozen=True):
     lr: PositiveFloat = 2e-3
     tau: PositiveFloat = 1.0
     task_weight: float = Field(default=0.5, ge=0, le=1)  # of the label term, mean over images
-    uncertainty_span: float = Field(default=0.0, ge=0, le=1)  # see plasticity.task_weights
+    uncertainty_span: float = Field(default=1.0, ge=0, le=1)  # see plasticity.task_weights
 
 
 class PreserveConfig(Section, frozen=True):

@@ -35,7 +35,7 @@ def _graph(num_experts: int = 3) -> ExpertGraph:
 def _images(num: int, task: int, seed: int = 0) -> torch.Tensor:
     """Images whose bright half tells their task."""
     generator = torch.Generator().manual_seed(100 * task + seed)
-    image = 0.3 * torch.rand(num, _SIDE, _SIDE, generator=generator)
+    image = (0.2 + 0.1 * task) * torch.rand(num, _SIDE, _SIDE, generator=generator)
     half = [image[:, :4], image[:, 4:], image[:, :, :4]][task]
     half += 0.5
     return image.flatten(1)
