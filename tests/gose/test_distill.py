@@ -8,6 +8,7 @@ from gose import distill, preserve
 from gose.config import DistillConfig, TeacherConfig
 from gose.data import Examples
 from gose.models import apply_chain, apply_stage
+from gose.plasticity import task_weights
 
 _CONFIG = DistillConfig(
     width=6, hidden=(5, 6, 7), meta_hidden=8, sensitivity_images=50, epochs=2, batch_size=20
@@ -42,7 +43,7 @@ def test_a_hybrid_of_the_metas_own_stage_is_the_meta_model_exactly(stage):
 def test_distill_loss_is_its_formula_and_its_gradient_passes_the_frozen_suffix(stage):
     teacher, meta, scores = _models()
     train, index = _data(), torch.tensor([3, 1, 40])
-    config = _CONFIG.model_copy(update={"tau": 2.0, "task_weight": 0.25})
+    config = _CONFIG.model_copy(update={"tau": 2.0, "task_weight": 0.25, "uncertainty_span": 0.6})
     start = distill.start_stage(
         stage, teacher, scores, config, generator=torch.Generator().manual_seed(0)
     )
@@ -52,12 +53,13 @@ def test_distill_loss_is_its_formula_and_its_gradient_passes_the_frozen_suffix(s
     module = {k: v.clone().requires_grad_() for k, v in start.params.items()}
     loss = distill.distill_loss(config, inputs, train.label_B, wanted, suffix)([module], index)
     student = apply_chain([module, *suffix], inputs[index])
-    kl = kl_div(
-        (student / 2).log_softmax(-1),
-        (wanted[index] / 2).softmax(-1),
-        reduction="batchmean",
-    )
-    truth = 0.25 * cross_entropy(student, train.label_B[index]) + 0.75 * 4 * kl
+    kl_B = kl_div(
+        (student / 2).log_softmax(-1), (wanted[index] / 2).softmax(-1), reduction="none"
+    ).sum(-1)
+    ce_B = cross_entropy(student, train.label_B[index], reduction="none")
+    a_B = task_weights(wanted, task_weight=0.25, span=0.6)[index]
+    assert a_B.std() > 0.001, "weights differ between images"
+    truth = (a_B * ce_B + (1 - a_B) * 4 * kl_B).mean()
     torch.testing.assert_close(loss, truth, rtol=1e-5, atol=1e-6)
     grads = torch.autograd.grad(loss, list(module.values()), retain_graph=True)
     truths = torch.autograd.grad(truth, list(module.values()))
@@ -104,7 +106,7 @@ def test_distilling_keeps_critical_parameters_and_brings_the_hybrids_together(st
     config = _CONFIG.model_copy(
         update={"start": start_from, "frozen_fraction": 0.3, "epochs": 30, "lr": 0.01}
     )
-    config = config.model_copy(update={"task_weight": 0.0})
+    config = config.model_copy(update={"task_weight": 0.0, "uncertainty_span": 0.0})
     train = _data()
     start = distill.start_stage(
         1, teacher, scores, config, generator=torch.Generator().manual_seed(0)
