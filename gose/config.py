@@ -144,8 +144,8 @@ class SitesConfig(Section, frozen=True):
     rounds: PositiveInt = 6  # per task
     steps: PositiveInt = 22  # per round and site
     batch_size: PositiveInt = 48
-    lr: PositiveFloat = 2e-3
-    shared_lr_factor: float = Field(default=0.25, ge=0)  # stem and body learn slower than experts
+    lr: PositiveFloat = 3e-3  # of the first round of a task; see learning.learn
+    shared_lr_factor: float = Field(default=0.15, ge=0)  # stem and body learn slower than experts
     weight_decay: NonNegativeFloat = 0.01
     prior_weight: float = Field(default=1.0, ge=0)  # of the site's class frequencies in its logits
 

@@ -7,6 +7,7 @@ one: they learn the same way and send nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -92,9 +93,15 @@ def learn(
     members: Sequence[Site],
     config: SystemConfig,
     *,
+    task_round: int,
     generators: Sequence[torch.Generator],
 ) -> tuple[list[list[dict[str, Tensor]]], Work]:
-    """What every site makes of the path through the expert in one round of local steps."""
+    """What every site makes of the path through the expert in one round of local steps.
+
+    The learning rate falls with a cosine over the rounds of a task, to 5 % after the last: what is
+    merged at the end must not depend on where the last steps happened to be.
+    """
+    cosine = 0.5 * (1 + math.cos(math.pi * task_round / config.sites.rounds))
     learned = [
         sites.learn(
             site,
@@ -103,6 +110,7 @@ def learn(
             config.sites,
             num_classes=config.data.num_classes,
             generator=generator,
+            lr_share=0.05 + 0.95 * cosine,
         )
         for site, generator in zip(members, generators, strict=True)
     ]

@@ -130,6 +130,7 @@ def _learn(arm: Arm, task: int, round_: int, state: State) -> Outcome:
             expert,
             arm.members(group, task),
             arm.config,
+            task_round=round_,
             generators=[arm.generator(f"learn {task} {round_} {site}") for site in group.sites],
         )
         for site, path in zip(group.sites, paths, strict=True):

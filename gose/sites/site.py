@@ -59,12 +59,13 @@ def learn(
     *,
     num_classes: int,
     generator: torch.Generator,
+    lr_share: float = 1.0,
 ) -> Learned:
     """The modules of `path`, the expert last, after `steps` of masked AdamW on the site's images.
 
     Batches are drawn with replacement. The loss is the cross entropy of logits[c] + prior_weight *
     log P_site(c) [Menon et al. 2021]: the site's class frequencies explain its skew, so that the
-    modules need not. The path's tensors are copied, never changed.
+    modules need not. lr_share: of the configured learning rate. The path's tensors are copied, never changed.
     """
     halves = [path[:-1], path[-1:]]
     masks = [frozen[:-1], frozen[-1:]]
@@ -72,7 +73,7 @@ def learn(
     optimizer = training.masked_adamw(
         vectors,
         [training.flat_mask(half, mask) for half, mask in zip(halves, masks, strict=True)],
-        [config.lr * config.shared_lr_factor, config.lr],
+        [lr_share * config.lr * config.shared_lr_factor, lr_share * config.lr],
         config.weight_decay,
     )
     count_C = torch.bincount(site.train.label_B, minlength=num_classes) + 1.0

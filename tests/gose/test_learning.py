@@ -17,6 +17,7 @@ _BASE = override(
         "sites.steps=3",
         "sites.batch_size=8",
         "sites.lr=0.01",
+        "sites.rounds=4",
         "preserve.images=20",
         "preserve.fraction=0.4",
     ],
@@ -50,7 +51,9 @@ def _begun(members):
 
 
 def _round(config, members, group, round_=0):
-    paths, _ = learning.learn(group, "e", members, config, generators=_generators(len(members)))
+    paths, _ = learning.learn(
+        group, "e", members, config, task_round=0, generators=_generators(len(members))
+    )
     packets, group = learning.pack_round(
         group, "e", members, paths, config, round_=round_, generators=_generators(len(members), 50)
     )
@@ -69,6 +72,21 @@ def test_begin_adds_the_start_and_the_pooled_statistics():
         group.knowledge.outer_QZZ[0], pooled.T @ pooled, rtol=1e-6, atol=1e-5
     )
     assert work.bytes_sent == 3 * 2 * (32 + 4 * (1 + 49 + 49 * 49))
+
+
+def test_the_learning_rate_falls_over_the_rounds_of_a_task():
+    members = _members()
+    group, _ = _begun(members)
+    for task_round, share in ((0, 1.0), (2, 0.05 + 0.95 * 0.5), (3, 0.05 + 0.95 * 0.14644661)):
+        paths, _ = learning.learn(
+            group, "e", members, _BASE, task_round=task_round, generators=_generators(3)
+        )
+        slower = override(_BASE, [f"sites.lr={0.01 * share}"])
+        wanted, _ = learning.learn(
+            group, "e", members, slower, task_round=0, generators=_generators(3)
+        )
+        got = paths[0][2]["head.weight"]
+        torch.testing.assert_close(got, wanted[0][2]["head.weight"], rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_codec_a_round_is_the_mean_of_what_the_sites_learned():
@@ -126,7 +144,7 @@ def test_a_site_alone_sends_nothing_and_keeps_what_it_learned():
     members = _members(1)
     group, work = _begun(members)
     assert work.bytes_sent == 0
-    paths, _ = learning.learn(group, "e", members, _BASE, generators=_generators(1))
+    paths, _ = learning.learn(group, "e", members, _BASE, task_round=0, generators=_generators(1))
     adopted = learning.adopt(group, "e", paths[0])
     for name, stage in zip((*group.graph.trunk, "e"), paths[0], strict=True):
         for key, tensor in stage.items():
@@ -149,7 +167,7 @@ def test_frozen_elements_keep_their_bits_through_a_whole_task(method):
     before = {name: dict(group.graph.nodes[name]) for name in group.graph.trunk}
     old_expert = {k: t.numpy().tobytes() for k, t in group.graph.nodes["e"].items()}
     group, _ = learning.begin_task(group, "f", _student()[-1], members, round_=6)
-    paths, _ = learning.learn(group, "f", members, config, generators=_generators(3))
+    paths, _ = learning.learn(group, "f", members, config, task_round=0, generators=_generators(3))
     packets, group = learning.pack_round(
         group, "f", members, paths, config, round_=7, generators=_generators(3)
     )

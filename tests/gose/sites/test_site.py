@@ -10,7 +10,7 @@ from gose.data import Examples, Task
 from gose.models import apply_chain, init_stage
 from gose.sites import Site
 
-_CONFIG = SitesConfig(steps=4, batch_size=8, rounds=1, lr=0.01)
+_CONFIG = SitesConfig(steps=4, batch_size=8, rounds=1, lr=0.01, shared_lr_factor=0.25)
 
 
 def _examples(num: int) -> Examples:
