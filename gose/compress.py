@@ -1,30 +1,33 @@
-"""Packets: what a site sends, byte for byte, and what a receiver refuses.
+"""Packets: what a site sends, and what a receiver refuses.
 
-    offset  bytes  field, little endian
-    0       4      magic "GoSE"
-    4       2      version 1
-    6       2      format: 0 float32, else 1 + place in gk.FORMATS
-    8       4      site
-    12      4      round
-    16      8      first bytes of the SHA-256 of the specification
-    24      4      payload bytes
-    28      4      CRC-32 of everything before this field, then of the payload
-    32      -      payload: the sections in order; coded: codes, then scales; else float32 values
+A packet is a safetensors file in memory. Its tensors, one flat vector each:
+
+    NAME.code, NAME.scale   a coded section: uint8 codes and scales as gk.quantize gives them
+    NAME                    a plain section: float32
+
+Its metadata has one key, `gose`, a JSON object of texts of fixed length:
+
+    version "1", format (a key of gk.FORMATS, or "none" for float32 throughout), site and round (ten
+    digits), spec (first eight bytes of the SHA-256 of the specification, hexadecimal), crc32 (of
+    the fields before it, then of the tensors in the order of the specification, hexadecimal)
 
 Sender and receiver derive the specification from what both know (graph, frozen masks, config), so
-names, shapes and masks never travel, and a packet has exactly one right length. Everything is
-checked before anything is decoded: length, header, checksum, and that all numbers are finite. No
-pickle anywhere.
+names, shapes and masks are never learned from a packet, and it has exactly one right length.
+Everything is checked before anything is decoded: length, tensors, metadata, checksum, and that all
+numbers are finite.
 """
 
 from __future__ import annotations
 
 import hashlib
-import struct
+import json
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple, TypeAlias
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -32,9 +35,6 @@ import gose_kernels as gk
 from gose.models import Params
 
 VERSION = 1
-HEADER_BYTES = 32
-_HEADER = struct.Struct("<4sHHII8sI")  # without the checksum
-_MAGIC = b"GoSE"
 
 
 class Section(NamedTuple):
@@ -51,27 +51,45 @@ class Spec(NamedTuple):
     format: str
     sections: tuple[Section, ...]
 
-    def digest(self) -> bytes:
-        """Eight bytes that tell two specifications apart."""
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that tell two specifications apart."""
         text = "\n".join([self.format, *(f"{s.name} {s.numel} {s.coded}" for s in self.sections)])
-        return hashlib.sha256(text.encode()).digest()[:8]
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def section_bytes(self, section: Section) -> int:
-        if section.coded and self.format != "none":
-            form = gk.FORMATS[self.format]
-            scale_bytes = form.num_scales(section.numel) * form.scale_dtype.itemsize
-            return form.code_bytes(section.numel) + scale_bytes
-        return 4 * section.numel
+    def is_coded(self, section: Section) -> bool:
+        """Whether the section travels as codes and scales."""
+        return section.coded and self.format != "none"
+
+    def layout(self) -> dict[str, tuple[torch.dtype, int]]:
+        """Tensor name -> dtype and length, of every tensor of a packet."""
+        tensors: dict[str, tuple[torch.dtype, int]] = {}
+        for section in self.sections:
+            if self.is_coded(section):
+                form = gk.FORMATS[self.format]
+                tensors[f"{section.name}.code"] = torch.uint8, form.code_bytes(section.numel)
+                tensors[f"{section.name}.scale"] = (
+                    form.scale_dtype,
+                    form.num_scales(section.numel),
+                )
+            else:
+                tensors[section.name] = torch.float32, section.numel
+        return tensors
 
     @property
     def packet_bytes(self) -> int:
         """Exact length of a packet."""
-        return HEADER_BYTES + sum(self.section_bytes(section) for section in self.sections)
+        return _packet_bytes(self)
 
     @property
     def float32_bytes(self) -> int:
         """Length of the same packet without a codec."""
-        return self._replace(format="none").packet_bytes
+        return _packet_bytes(self._replace(format="none"))
+
+
+@cache
+def _packet_bytes(spec: Spec) -> int:
+    zeros = {name: torch.zeros(n, dtype=dtype) for name, (dtype, n) in spec.layout().items()}
+    return len(_sealed(spec, zeros, site=0, round_=0))
 
 
 class Coded(NamedTuple):
@@ -118,7 +136,8 @@ def pack(
             f"compress.pack: values must be the sections {[s.name for s in spec.sections]}, "
             f"got {list(values)}"
         )
-    parts, kept = [], {}
+    tensors: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     for section in spec.sections:
         vector = values[section.name]
         if vector.shape != (section.numel,) or vector.dtype != torch.float32:
@@ -130,8 +149,8 @@ def pack(
             raise ValueError(
                 f"compress.pack: section {section.name!r} must be finite; the update diverged"
             )
-        if not section.coded or spec.format == "none":
-            parts.append(_bytes_of(vector))
+        if not spec.is_coded(section):
+            tensors[section.name] = vector.contiguous()
             continue
         before = None if residuals is None else residuals.get(section.name)
         if residuals is not None and before is None:
@@ -144,14 +163,33 @@ def pack(
             seed=seed,
             step=round_,
         )
-        parts += [_bytes_of(code), _bytes_of(scale)]
+        tensors |= {f"{section.name}.code": code, f"{section.name}.scale": scale}
         if residuals is not None:
             kept[section.name] = after
-    payload = b"".join(parts)
-    number = 0 if spec.format == "none" else 1 + list(gk.FORMATS).index(spec.format)
-    header = _HEADER.pack(_MAGIC, VERSION, number, site, round_, spec.digest(), len(payload))
-    checksum = zlib.crc32(payload, zlib.crc32(header))
-    return Packed(header + struct.pack("<I", checksum) + payload, kept)
+    return Packed(_sealed(spec, tensors, site=site, round_=round_), kept)
+
+
+def _fields(spec: Spec, site: int, round_: int) -> dict[str, str]:
+    return {
+        "version": str(VERSION),
+        "format": spec.format,
+        "site": f"{site:010d}",
+        "round": f"{round_:010d}",
+        "spec": spec.digest(),
+    }
+
+
+def _checksum(fields: Mapping[str, str], spec: Spec, tensors: Mapping[str, Tensor]) -> str:
+    crc = zlib.crc32(json.dumps(fields).encode())
+    for name in spec.layout():
+        crc = zlib.crc32(tensors[name].numpy().data, crc)
+    return f"{crc:08x}"
+
+
+def _sealed(spec: Spec, tensors: dict[str, Tensor], *, site: int, round_: int) -> bytes:
+    fields = _fields(spec, site, round_)
+    fields["crc32"] = _checksum(fields, spec, tensors)
+    return safetensors.torch.save(tensors, metadata={"gose": json.dumps(fields)})
 
 
 def unpack(packet: bytes, spec: Spec, *, site: int, round_: int) -> dict[str, Payload]:
@@ -163,46 +201,38 @@ def unpack(packet: bytes, spec: Spec, *, site: int, round_: int) -> dict[str, Pa
         raise PacketError(
             f"packet of site {site}: must have {spec.packet_bytes} bytes, got {len(packet)}"
         )
-    magic, version, number, sender, came_round, digest, length = _HEADER.unpack_from(packet)
-    wanted_number = 0 if spec.format == "none" else 1 + list(gk.FORMATS).index(spec.format)
-    fields: list[tuple[str, object, object]] = [
-        ("magic", _MAGIC, magic),
-        ("version", VERSION, version),
-        ("format", wanted_number, number),
-        ("site", site, sender),
-        ("round", round_, came_round),
-        ("specification", spec.digest().hex(), digest.hex()),
-        ("payload bytes", len(packet) - HEADER_BYTES, length),
-    ]
-    for field, wanted, came in fields:
-        if came != wanted:
-            raise PacketError(f"packet of site {site}: {field} must be {wanted!r}, got {came!r}")
-    header, stored = packet[: HEADER_BYTES - 4], packet[HEADER_BYTES - 4 : HEADER_BYTES]
-    checksum = zlib.crc32(packet[HEADER_BYTES:], zlib.crc32(header))
-    if struct.pack("<I", checksum) != stored:
-        raise PacketError(f"packet of site {site}: the checksum does not fit; it was damaged")
-    found: dict[str, Payload] = {}
-    at = HEADER_BYTES
-    for section in spec.sections:
-        piece = packet[at : at + spec.section_bytes(section)]
-        at += len(piece)
-        found[section.name] = _read_section(piece, section, spec.format, site)
-    return found
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(packet)
+        text = json.loads(packet[8 : 8 + int.from_bytes(packet[:8], "little")])
+        fields = json.loads(text["__metadata__"]["gose"])
+        came = {str(name): str(value) for name, value in fields.items()}
+    except (safetensors.SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise PacketError(f"packet of site {site}: is not a packet ({error})") from None
+    layout = {name: (dtype, (n,)) for name, (dtype, n) in spec.layout().items()}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    if found != layout:
+        raise PacketError(f"packet of site {site}: tensors must be {layout}, got {found}")
+    wanted = _fields(spec, site, round_)
+    wanted["crc32"] = _checksum({k: v for k, v in came.items() if k != "crc32"}, spec, tensors)
+    for field, value in wanted.items():
+        if came.get(field) != value:
+            raise PacketError(
+                f"packet of site {site}: {field} must be {value!r}, got {came.get(field)!r}"
+            )
+    return {section.name: _read_section(tensors, section, spec, site) for section in spec.sections}
 
 
-def _read_section(piece: bytes, section: Section, format_: str, site: int) -> Payload:
-    if not section.coded or format_ == "none":
-        values = _tensor_of(piece, torch.float32)
-        _expect_finite(values, section, site)
-        return values
-    form = gk.FORMATS[format_]
-    split = form.code_bytes(section.numel)
-    code = _tensor_of(piece[:split], torch.uint8)
-    scale = _tensor_of(piece[split:], form.scale_dtype)
+def _read_section(
+    tensors: Mapping[str, Tensor], section: Section, spec: Spec, site: int
+) -> Payload:
+    if not spec.is_coded(section):
+        _expect_finite(tensors[section.name], section, site)
+        return tensors[section.name]
+    scale = tensors[f"{section.name}.scale"]
     _expect_finite(scale, section, site)
     if bool((scale < 0).any()):
         raise PacketError(f"packet of site {site}: section {section.name!r} has a negative scale")
-    return Coded(code, scale, section.numel, format_)
+    return Coded(tensors[f"{section.name}.code"], scale, section.numel, spec.format)
 
 
 def _expect_finite(values: Tensor, section: Section, site: int) -> None:
@@ -268,12 +298,3 @@ def _kind(tensor: Tensor) -> str:
 def _decode(coded: Coded) -> Tensor:
     vector: Tensor = gk.dequantize(coded.code, coded.scale, numel=coded.numel, format=coded.format)
     return vector
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.contiguous().numpy().tobytes()
-
-
-def _tensor_of(piece: bytes, dtype: torch.dtype) -> Tensor:
-    # bytearray: torch wants writable memory
-    return torch.frombuffer(bytearray(piece), dtype=dtype) if piece else torch.empty(0, dtype=dtype)

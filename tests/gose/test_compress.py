@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import json
 import re
-import struct
 import zlib
 
 import pytest
+import safetensors.torch
 import torch
 
 import gose_kernels as gk
@@ -23,7 +24,7 @@ from gose.compress import (
 )
 
 _FORMATS = ["none", *gk.FORMATS]
-_BYTES = {  # of 1000 coded and 10 plain numbers, without the 32 of the header
+_BYTES = {  # of the tensors of 1000 coded and 10 plain numbers
     "none": 4 * 1000 + 40,
     "int8_b256_f32": 1000 + 4 * 4 + 40,
     "int8_b64_f16": 1000 + 16 * 2 + 40,
@@ -47,13 +48,25 @@ def _values() -> dict[str, torch.Tensor]:
 def test_packets_have_the_stated_bytes_and_come_back(format_):
     spec, values = _spec(format_), _values()
     packet = pack(spec, values, site=2, round_=7).packet
-    assert len(packet) == spec.packet_bytes == 32 + _BYTES[format_]
-    assert spec.float32_bytes == 32 + 4040
-    assert packet[:8] == b"GoSE" + struct.pack("<HH", 1, _FORMATS.index(format_))
-    assert struct.unpack_from("<II", packet, 8) == (2, 7)
-    assert struct.unpack_from("<I", packet, 28)[0] == zlib.crc32(
-        packet[32:], zlib.crc32(packet[:28])
+    header_bytes = 8 + int.from_bytes(packet[:8], "little")
+    assert len(packet) == spec.packet_bytes == header_bytes + _BYTES[format_]
+    assert len(pack(spec, values, site=2**31, round_=10**9).packet) == spec.packet_bytes
+    assert spec.float32_bytes == len(pack(_spec("none"), values, site=0, round_=0).packet)
+    assert header_bytes < 600
+    tensors = safetensors.torch.load(packet)
+    assert {name: (t.dtype, len(t)) for name, t in tensors.items()} == spec.layout()
+    assert torch.equal(tensors["biases"], values["biases"])
+    fields = _fields_of(packet)
+    assert (fields["site"], fields["round"], fields["format"]) == (
+        "0000000002",
+        "0000000007",
+        format_,
     )
+    crc = fields.pop("crc32")
+    check = zlib.crc32(json.dumps(fields).encode())
+    for name in spec.layout():
+        check = zlib.crc32(tensors[name].numpy().tobytes(), check)
+    assert crc == f"{check:08x}"
     sections = unpack(packet, spec, site=2, round_=7)
     assert torch.equal(decode(sections["biases"]), values["biases"])
     if format_ == "none":
@@ -93,42 +106,68 @@ def test_error_feedback_sends_later_what_a_packet_lost():
     assert pack(spec, values, site=0, round_=0).residuals == {}
 
 
-def _resealed(packet: bytes, at: int, piece: bytes) -> bytes:
-    """The packet with other bytes at a place and a right checksum."""
-    changed = packet[:at] + piece + packet[at + len(piece) :]
-    checksum = zlib.crc32(changed[32:], zlib.crc32(changed[:28]))
-    return changed[:28] + struct.pack("<I", checksum) + changed[32:]
+def _fields_of(packet: bytes) -> dict[str, str]:
+    header = json.loads(packet[8 : 8 + int.from_bytes(packet[:8], "little")])
+    return json.loads(header["__metadata__"]["gose"])
 
 
-_NAN = struct.pack("<f", float("nan"))
+def _forged(packet: bytes, spec_: Spec, tensors=None, /, **changed: str) -> bytes:
+    """The packet with other fields or tensors and a right checksum."""
+    tensors = safetensors.torch.load(packet) | (tensors or {})
+    fields = {k: v for k, v in _fields_of(packet).items() if k != "crc32"} | changed
+    check = zlib.crc32(json.dumps(fields).encode())
+    for name in spec_.layout():
+        check = zlib.crc32(tensors[name].numpy().tobytes(), check)
+    fields["crc32"] = f"{check:08x}"
+    return safetensors.torch.save(tensors, metadata={"gose": json.dumps(fields)})
+
+
+_SPEC = _spec("int8_b256_f32")
+_SENT = pack(_SPEC, _values(), site=3, round_=5).packet
+_SCALE = torch.ones(4)
+_NAN = torch.tensor([1.0, 1.0, torch.nan, 1.0])
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("packet", "message"),
     [
-        (lambda p: p[:-1], "packet of site 3: must have 1088 bytes, got 1087"),
-        (lambda p: p + b"\0", "must have 1088 bytes, got 1089"),
-        (lambda p: b"", "must have 1088 bytes, got 0"),
-        (lambda p: _resealed(p, 0, b"EVIL"), "magic must be b'GoSE', got b'EVIL'"),
-        (lambda p: _resealed(p, 4, b"\2\0"), "version must be 1, got 2"),
-        (lambda p: _resealed(p, 6, b"\2\0"), "format must be 1, got 2"),
-        (lambda p: _resealed(p, 8, b"\1\0\0\0"), "site must be 3, got 1"),
-        (lambda p: _resealed(p, 12, b"\1\0\0\0"), "round must be 5, got 1"),
-        (lambda p: _resealed(p, 16, b"\0" * 8), "specification must be"),
-        (lambda p: _resealed(p, 24, b"\0\0\0\1"), "payload bytes must be 1056, got 16777216"),
-        (lambda p: p[:500] + bytes([p[500] ^ 1]) + p[501:], "the checksum does not fit"),
-        (lambda p: _resealed(p, 32 + 1000, _NAN), "section 'matrices' holds NaN or infinity"),
-        (lambda p: _resealed(p, 32 + 1000, struct.pack("<f", -1)), "has a negative scale"),
-        (lambda p: _resealed(p, 32 + 1016, _NAN), "section 'biases' holds NaN or infinity"),
+        (_SENT[:-1], f"packet of site 3: must have {len(_SENT)} bytes, got {len(_SENT) - 1}"),
+        (_SENT + b"\0", f"must have {len(_SENT)} bytes, got {len(_SENT) + 1}"),
+        (b"", f"must have {len(_SENT)} bytes, got 0"),
+        (bytes(len(_SENT)), "is not a packet"),
+        (b"\xff" * len(_SENT), "is not a packet"),
+        (_SENT.replace(b"gose", b"goat"), "is not a packet ('gose')"),
+        (_SENT.replace(b"biases", b"basics"), "tensors must be"),
+        (_SENT.replace(b"[10]", b"[5] "), "is not a packet"),
+        (_SENT.replace(b'"F32","shape":[10]', b'"I32","shape":[10]'), "tensors must be"),
+        (_forged(_SENT, _SPEC, version="2"), "version must be '1', got '2'"),
+        (_forged(_SENT, _SPEC, format="int8_b256_f16"), "format must be 'int8_b256_f32', got"),
+        (_forged(_SENT, _SPEC, site="0000000001"), "site must be '0000000003', got '0000000001'"),
+        (_forged(_SENT, _SPEC, round="0000000001"), "round must be '0000000005', got"),
+        (_forged(_SENT, _SPEC, spec="0" * 16), "spec must be"),
+        (_SENT[:-500] + bytes([_SENT[-500] ^ 1]) + _SENT[-499:], "crc32 must be"),
+        (_forged(_SENT, _SPEC, {"matrices.scale": _NAN}), "section 'matrices' holds NaN or inf"),
+        (_forged(_SENT, _SPEC, {"matrices.scale": -_SCALE}), "has a negative scale"),
+        (_forged(_SENT, _SPEC, {"biases": torch.full((10,), torch.inf)}), "'biases' holds NaN or"),
     ],
 )
-def test_damaged_packets_are_refused_before_decoding(damage, message):
-    spec = _spec("int8_b256_f32")
-    packet = pack(spec, _values(), site=3, round_=5).packet
-    unpack(packet, spec, site=3, round_=5)
+def test_damaged_packets_are_refused_before_decoding(packet, message):
+    unpack(_SENT, _SPEC, site=3, round_=5)
     with pytest.raises(PacketError, match=re.escape(message)), gk.profiling.record() as counts:
-        unpack(damage(packet), spec, site=3, round_=5)
+        unpack(packet, _SPEC, site=3, round_=5)
     assert not counts.table, "nothing may be decoded"
+
+
+@pytest.mark.parametrize("at", range(0, len(_SENT), 7))
+def test_no_flipped_bit_goes_unseen(at):
+    """In header, metadata or data: the packet is refused, or decodes to the same numbers."""
+    damaged = _SENT[:at] + bytes([_SENT[at] ^ 4]) + _SENT[at + 1 :]
+    try:
+        found = unpack(damaged, _SPEC, site=3, round_=5)
+    except PacketError:
+        return
+    for name, payload in unpack(_SENT, _SPEC, site=3, round_=5).items():
+        assert torch.equal(decode(found[name]), decode(payload))
 
 
 def test_another_specification_of_the_same_length_is_refused():
@@ -136,7 +175,7 @@ def test_another_specification_of_the_same_length_is_refused():
     theirs = Spec("none", (Section("a", 6, False), Section("b", 4, False)))
     packet = pack(theirs, {"a": torch.ones(6), "b": torch.ones(4)}, site=0, round_=0).packet
     assert len(packet) == mine.packet_bytes
-    with pytest.raises(PacketError, match="specification must be"):
+    with pytest.raises(PacketError, match="tensors must be"):
         unpack(packet, mine, site=0, round_=0)
 
 

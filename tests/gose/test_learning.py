@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gose import learning, router, sites
+from gose.compress import Section, Spec
 from gose.config import SystemConfig, override
 from gose.data import Examples, Task
 from gose.distill import scratch_student
@@ -22,6 +23,11 @@ _BASE = override(
         "preserve.fraction=0.4",
     ],
 )
+
+
+def _tensor_bytes(packet: bytes) -> int:
+    """Length of a packet without its header."""
+    return len(packet) - 8 - int.from_bytes(packet[:8], "little")
 
 
 def _examples(num: int) -> Examples:
@@ -71,7 +77,8 @@ def test_begin_adds_the_start_and_the_pooled_statistics():
     torch.testing.assert_close(
         group.knowledge.outer_QZZ[0], pooled.T @ pooled, rtol=1e-6, atol=1e-5
     )
-    assert work.bytes_sent == 3 * 2 * (32 + 4 * (1 + 49 + 49 * 49))
+    sums = [Section(str(i), n, False) for i, n in enumerate((1, 49, 49 * 49))]
+    assert work.bytes_sent == 3 * 2 * Spec("none", tuple(sums)).packet_bytes
 
 
 def test_the_learning_rate_falls_over_the_rounds_of_a_task():
@@ -100,8 +107,8 @@ def test_without_a_codec_a_round_is_the_mean_of_what_the_sites_learned():
             mean = sum(s * path[stage][key] for s, path in zip(share, paths, strict=True))
             torch.testing.assert_close(merged.graph.nodes[name][key], mean, rtol=1e-5, atol=1e-6)
     numel = sum(t.numel() for p in paths[0] for t in p.values())
-    assert {len(packet) for packet in packets.values()} == {32 + 4 * numel}
-    assert work.bytes_sent == work.bytes_float32 == 6 * (32 + 4 * numel)
+    assert {_tensor_bytes(packet) for packet in packets.values()} == {4 * numel}
+    assert work.bytes_sent == work.bytes_float32 == 6 * len(packets[0])
 
 
 def test_the_codec_changes_little_and_saves_bytes_exactly():
@@ -111,9 +118,11 @@ def test_the_codec_changes_little_and_saves_bytes_exactly():
     _, _, plain, _ = _round(override(_BASE, ["codec=none"]), members, group)
     matrices = sum(t.numel() for p in paths[0] for t in p.values() if t.dim() == 2)
     biases = sum(t.numel() for p in paths[0] for t in p.values() if t.dim() == 1)
-    expected = 32 + matrices + 4 * (-(-matrices // 256)) + 4 * biases
-    assert {len(packet) for packet in packets.values()} == {expected}
-    assert work.bytes_float32 == 6 * (32 + 4 * (matrices + biases))
+    expected = matrices + 4 * (-(-matrices // 256)) + 4 * biases
+    assert {_tensor_bytes(packet) for packet in packets.values()} == {expected}
+    assert work.bytes_sent == 6 * len(packets[0])
+    sections = (Section("matrices", matrices, True), Section("biases", biases, False))
+    assert work.bytes_float32 == 6 * Spec("none", sections).packet_bytes
     moved = merged.graph.nodes["stem"]["embed.weight"] - group.graph.nodes["stem"]["embed.weight"]
     wanted = plain.graph.nodes["stem"]["embed.weight"] - group.graph.nodes["stem"]["embed.weight"]
     error = (moved - wanted).norm() / wanted.norm()
@@ -233,7 +242,8 @@ def test_wins_are_summed_over_sites_and_weigh_the_edges():
     entropy = router.module_entropy(counted.knowledge.wins_EQ)
     weight = 1 / (entropy + 0.05)
     assert list(counted.graph.edges.values()) == pytest.approx((weight / weight.sum()).tolist())
-    assert work.bytes_sent == 6 * (32 + 2 * 2 * 4)
+    sections = (Section("0", 2, False), Section("1", 2, False))
+    assert work.bytes_sent == 6 * Spec("none", sections).packet_bytes
 
 
 def test_fisher_merge_sends_twice_the_vectors():
@@ -241,5 +251,5 @@ def test_fisher_merge_sends_twice_the_vectors():
     group, _ = _begun(members)
     _, plain, _, _ = _round(_BASE, members, group)
     _, packets, merged, _ = _round(override(_BASE, ["merge=fisher"]), members, group)
-    assert len(packets[0]) - 32 == 2 * (len(plain[0]) - 32)
+    assert _tensor_bytes(packets[0]) == 2 * _tensor_bytes(plain[0])
     assert set(merged.residuals[0]) == {"matrices"}

@@ -24,8 +24,8 @@ def _packets(num: int) -> dict[int, bytes]:
 def test_every_site_sends_its_packet_to_every_other():
     packets = _packets(3)
     delivered = exchange(packets, _SPEC, round_=4)
-    assert delivered.bytes_sent == 3 * 2 * (32 + 600 + 3 * 4 + 12)
-    assert delivered.bytes_float32 == 3 * 2 * (32 + 2400 + 12)
+    assert delivered.bytes_sent == 3 * 2 * len(packets[0]) == 3 * 2 * _SPEC.packet_bytes
+    assert delivered.bytes_float32 == 3 * 2 * _SPEC.float32_bytes
     for site, sections in delivered.received.items():
         torch.testing.assert_close(decode(sections["matrices"]), torch.full((600,), float(site)))
         assert decode(sections["biases"]).tolist() == [site] * 3
@@ -33,7 +33,7 @@ def test_every_site_sends_its_packet_to_every_other():
 
 def test_a_packet_of_another_site_or_round_is_refused():
     packets = _packets(2)
-    with pytest.raises(PacketError, match="packet of site 0: site must be 0, got 1"):
+    with pytest.raises(PacketError, match="site 0: site must be '0000000000', got '0000000001'"):
         exchange({0: packets[1], 1: packets[0]}, _SPEC, round_=4)
-    with pytest.raises(PacketError, match="round must be 5, got 4"):
+    with pytest.raises(PacketError, match="round must be '0000000005', got '0000000004'"):
         exchange(packets, _SPEC, round_=5)
