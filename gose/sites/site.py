@@ -65,7 +65,8 @@ def learn(
 
     Batches are drawn with replacement. The loss is the cross entropy of logits[c] + prior_weight *
     log P_site(c) [Menon et al. 2021]: the site's class frequencies explain its skew, so that the
-    modules need not. lr_share: of the configured learning rate. The path's tensors are copied, never changed.
+    modules need not. lr_share: of the configured learning rate. The path's tensors are copied,
+    never changed.
     """
     halves = [path[:-1], path[-1:]]
     masks = [frozen[:-1], frozen[-1:]]
