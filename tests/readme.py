@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import gose.compress
 import gose_kernels as gk
 from gose_kernels.registry import BACKENDS
 
 README = Path(__file__).parent.parent / "README.md"
+_RESULTS = README.parent / "benchmarks" / "results"
 
 
 def ops_table() -> str:
@@ -24,7 +27,33 @@ def ops_table() -> str:
     return "\n".join(lines)
 
 
-BLOCKS = {"ops": ops_table}
+def claims_table() -> str:
+    """What the quickstart promises, beside what came out."""
+    result = json.loads((_RESULTS / "quickstart.json").read_text(encoding="utf-8"))
+    machine = result["machine"]
+    lines = ["| promise | wanted | mean | per seed |", "|---|---|---|---|"]
+    for row in result["claims"]:
+        values = ", ".join(f"{value:.3f}" for value in row["values"])
+        mark = "" if row["holds"] else " (**missed**)"
+        lines.append(f"| {row['name']} | {row['wanted']} | {row['value']:.3f}{mark} | {values} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{result['wall_seconds']:.0f} s on {machine['threads']} threads of {machine['cpu']} "
+            f"({machine['cpu_level']}), torch {machine['torch']}; `{result['command']}`.",
+        ]
+    )
+
+
+def packet_format() -> str:
+    """The contract of a packet as gose.compress states it."""
+    text = gose.compress.__doc__
+    assert text is not None
+    return "```\n" + text.partition("\n\n")[2].strip() + "\n```"
+
+
+BLOCKS = {"ops": ops_table, "claims": claims_table, "packet": packet_format}
 
 
 def filled(text: str) -> str:
