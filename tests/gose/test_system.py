@@ -13,7 +13,7 @@ from gose import rundir, system
 from gose.config import SystemConfig, override
 
 _ARMS = ("preserve=none", "preserve=random", "route=uniform", "codec=none", "merge=none")
-_MINIATURE = override(
+MINIATURE = override(
     SystemConfig(),
     [
         "data.tasks=['digits', 'digits.rotate90', 'digits.invert']",
@@ -57,7 +57,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def finished(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("system") / "run"
     threads = torch.get_num_threads()
-    _finish(path, _MINIATURE)
+    _finish(path, MINIATURE)
     torch.set_num_threads(threads)
     return path
 
@@ -135,8 +135,8 @@ def test_learning_and_routing_do_something(finished):
 def test_a_run_that_stops_and_resumes_writes_the_same_bytes(finished, tmp_path, monkeypatch, every):
     monkeypatch.setattr(system, "_COMMIT_SECONDS", 0.0 if every == 7 else 0.3)
     path, stops = tmp_path / "run", 0
-    with rundir.create(path, _MINIATURE) as run:
-        for count, _ in enumerate(system.run(_MINIATURE, run), start=1):
+    with rundir.create(path, MINIATURE) as run:
+        for count, _ in enumerate(system.run(MINIATURE, run), start=1):
             if count == every:
                 break
     done = False
@@ -153,7 +153,7 @@ def test_a_run_that_stops_and_resumes_writes_the_same_bytes(finished, tmp_path, 
 
 
 def test_arms_equal_to_the_run_itself_are_not_run_twice():
-    config = override(_MINIATURE, ["preserve=none"])
+    config = override(MINIATURE, ["preserve=none"])
     assert list(system.arms(config)) == ["main", *(a for a in _ARMS if a != "preserve=none")]
 
 
@@ -166,7 +166,7 @@ def test_arms_equal_to_the_run_itself_are_not_run_twice():
 )
 def test_other_ways_to_a_student(tmp_path, settings, check):
     tasks = "data.tasks=['digits']"
-    rows = _finish(tmp_path / "run", override(_MINIATURE, [tasks, "sites.rounds=1", *settings]))
+    rows = _finish(tmp_path / "run", override(MINIATURE, [tasks, "sites.rounds=1", *settings]))
     student = next(row for row in rows if row["kind"] == "student")
     assert check(student)
     summary = next(row for row in rows if row["kind"] == "summary")
