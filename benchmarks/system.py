@@ -10,24 +10,19 @@ alternates. A third, untimed pass over the units counts FLOPs.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import gose_kernels as gk
-from gose import recipes, rundir, system
+from benchmarks import _record
+from gose import recipes, system
 from gose.checkpoint import State
 from gose.config import SystemConfig, override
 from gose.units import Unit
-from gose_kernels import registry
 
 # A phase of the report -> phases of the run's units.
 PHASES = {
@@ -47,30 +42,6 @@ _QUICK = (
     "distill.finetune_epochs=1",
     "sites.rounds=2",
 )
-_RESULTS = Path(__file__).parent / "results"
-
-
-class _TorchOnly(gk.profiling.Counts):
-    """Counts of calls that all run on their reference."""
-
-    def call(
-        self,
-        op: registry.Op,
-        backend: registry.Backend,
-        args: tuple[Any, ...],
-        options: dict[str, Any],
-    ) -> Any:
-        return super().call(op, op.backends[-1], args, options)
-
-
-@contextmanager
-def _torch_only() -> Iterator[gk.profiling.Counts]:
-    counts = _TorchOnly(trace=False)
-    registry.observers.append(counts)
-    try:
-        yield counts
-    finally:
-        registry.observers.remove(counts)
 
 
 def measure(config: SystemConfig) -> dict[str, dict[str, float]]:
@@ -85,9 +56,8 @@ def measure(config: SystemConfig) -> dict[str, dict[str, float]]:
         row = table[phase_of[unit.phase]]
         before = states[""]
         for prefix in ("", "torch_") if index % 2 else ("torch_", ""):
-            recorder = gk.profiling.record() if not prefix else _torch_only()
             start = time.perf_counter()
-            with recorder as counts:
+            with gk.profiling.record(backend="torch" if prefix else None) as counts:
                 outcome = unit.run(states[prefix])
             row[f"{prefix}seconds"] += time.perf_counter() - start
             row[f"{prefix}kernel_seconds"] += counts.wall_seconds
@@ -138,17 +108,6 @@ def _print(table: dict[str, dict[str, float]]) -> None:
         )
 
 
-def _commit() -> str:
-    try:
-        git = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(
-            git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
 def main(argv: Sequence[str]) -> int:
     """Prints the table and writes benchmarks/results/system.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks system", description=__doc__)
@@ -163,22 +122,12 @@ def main(argv: Sequence[str]) -> int:
         config = override(config, _QUICK)
     table = measure(config)
     _print(table)
-    name = "system_quick" if options.quick else "system"
-    result = {
-        "command": f"python -m benchmarks system {' '.join(argv)}".strip(),
-        "commit": _commit(),
-        "machine": {
-            "cpu": rundir.cpu_model(),
-            "cpu_level": gk.native.cpu_level(),
-            "platform": platform.platform(),
-            "threads": options.threads,
-            "torch": torch.__version__,
-        },
-        "phases": table,
-    }
-    _RESULTS.mkdir(exist_ok=True)
-    path = _RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    path = _record.save(
+        "system_quick" if options.quick else "system",
+        f"python -m benchmarks system {' '.join(argv)}".strip(),
+        options.threads,
+        {"phases": table},
+    )
     print(f"wrote {path}")
     if options.trace:
         short = override(config, [*_QUICK, "data.tasks=['digits']"])

@@ -35,7 +35,8 @@ class Count:
 class Counts:
     """The table filled while `record` is active: (op name, backend name) -> Count."""
 
-    def __init__(self, *, trace: bool) -> None:
+    def __init__(self, *, trace: bool, backend: str | None) -> None:
+        self._backend = backend
         self.table: dict[tuple[str, str], Count] = {}
         self._inside = False
         self._nvtx: Any = None
@@ -53,6 +54,8 @@ class Counts:
         """Run the call, add it to the table, mark its range for torch's profiler and nvtx."""
         if self._inside:
             return backend.run(*args, **options)
+        if self._backend is not None:
+            backend = op.pick(*args, backend=self._backend, **options)
         count = self.table.setdefault((op.name, backend.name), Count())
         cost = op.cost(*args, **options) if op.cost is not None else registry.Cost(0, 0, 0)
         self._inside = True
@@ -109,13 +112,15 @@ def flop_counter() -> FlopCounterMode:
 
 
 @contextmanager
-def record(*, trace: bool = False) -> Iterator[Counts]:
+def record(*, trace: bool = False, backend: str | None = None) -> Iterator[Counts]:
     """Counts of every op called inside the block, in this process.
+
+    backend: every op runs on this one, or raises the reason why it cannot; for comparisons.
 
     trace=True also emits record_function ranges (torch.profiler shows them) and, on a GPU with the
     package nvtx, nvtx ranges in the domain "gose". Blocks nest: the innermost one counts.
     """
-    counts = Counts(trace=trace)
+    counts = Counts(trace=trace, backend=backend)
     registry.observers.append(counts)
     try:
         yield counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -72,3 +73,16 @@ def test_trace_emits_profiler_ranges() -> None:
     with torch.profiler.profile() as profile, gk.profiling.record(trace=True):
         torch.ops.gose.test_inner(torch.ones(3))
     assert "gose::test_inner[torch]" in {event.name for event in profile.events()}
+
+
+def test_a_block_can_force_a_backend() -> None:
+    y_ND, weight_TK = torch.randn(4, 3), torch.rand(2, 2)
+    row_TK = torch.arange(4, dtype=torch.int32).view(2, 2)
+    with gk.profiling.record(backend="torch") as counts:
+        gk.combine(y_ND, weight_TK, row_TK)
+    assert list(counts.table) == [("combine", "torch")]
+    with (
+        pytest.raises(ValueError, match="cuda: takes tensors on cuda, got one on cpu"),
+        gk.profiling.record(backend="cuda"),
+    ):
+        gk.combine(y_ND, weight_TK, row_TK)
