@@ -311,13 +311,15 @@ def _merging(rounds: Sequence[Row]) -> Figure:
     lines = []
     for number, ((task, index), of_round) in enumerate(groups.items(), start=1):
         values = (
-            statistics.fmean(row["merged_top1"] for row in of_round),
-            statistics.fmean(max(row["site_top1"]) for row in of_round),
-            statistics.fmean(statistics.fmean(row["site_top1"]) for row in of_round),
+            _mean(row["merged_top1"] for row in of_round),
+            _mean(max(row["site_top1"]) for row in of_round),
+            _mean(statistics.fmean(row["site_top1"]) for row in of_round),
         )
         for points, value in zip(series.values(), values, strict=True):
-            points.append((number, value))
-        lines.append((str(task + 1), str(index + 1), *(percent(value) for value in values)))
+            if value is not None:  # sites that stay alone merge nothing
+                points.append((number, value))
+        lines.append((str(task + 1), str(index + 1), *(shown(value, percent) for value in values)))
+    series = {name: points for name, points in series.items() if points}
     starts: dict[int, int] = {}
     for number, (task, _) in enumerate(groups, start=1):
         starts.setdefault(task, number)
@@ -334,7 +336,9 @@ def _merging(rounds: Sequence[Row]) -> Figure:
         "Merged graph and the sites' own, on validation images of the task being learnt, "
         f"arm {arm}, mean over seeds"
     )
-    return Figure(title, [image], Table(("task", "round", *series), lines))
+    return Figure(
+        title, [image], Table(("task", "round", "merged", "best site", "mean of sites"), lines)
+    )
 
 
 def _entropy(rows: Sequence[Row]) -> Part:

@@ -161,6 +161,22 @@ def test_rounds_show_merged_and_best_site(parts):
     assert shown[3] == percent(statistics.fmean(max(row["site_top1"]) for row in rows))
 
 
+def test_sites_that_stay_alone_have_rounds_without_a_merged_graph(tmp_path):
+    rows = [row | {"merged_top1": None} if row["kind"] == "round" else row for row in ROWS]
+    path = fake_run.write(tmp_path / "run", rows)
+    [figure] = [
+        block
+        for part in report.read(path).parts
+        for block in part.blocks
+        if isinstance(block, Figure) and block.title.startswith("Merged graph")
+    ]
+    assert {row[2] for row in figure.numbers.rows} == {"–"}
+    best = statistics.fmean(
+        max(row["site_top1"]) for row in kind("round", arm="main", task=0, round=0)
+    )
+    assert figure.numbers.rows[0][3] == percent(best)
+
+
 def test_entropy_starts_when_a_module_exists(parts):
     (figure,) = parts["Entropy of the modules"].blocks
     row = cells(figure.numbers, "expert.digits")
