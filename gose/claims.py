@@ -49,7 +49,7 @@ def _student_share(key: str) -> Callable[[Sequence[Row]], float]:
 def _forgetting_cut(arm: str) -> Callable[[Sequence[Row]], float]:
     def value(rows: Sequence[Row]) -> float:
         ours, control = (_summary(rows, "bwt_gem", name) for name in (MAIN, arm))
-        if not control:
+        if control is None or control >= 0:  # a share of no forgetting says nothing
             raise MissingError("one task only, or a control that forgot nothing")
         return float(1 - ours / control)
 

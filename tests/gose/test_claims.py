@@ -56,6 +56,15 @@ def test_values_by_hand_mean_over_seeds_and_verdicts():
         assert rows[name]["holds"] is holds, name
 
 
+@pytest.mark.parametrize("control", [None, 0.0, 0.02])
+def test_no_share_of_a_forgetting_that_did_not_happen(control):
+    rows = _rows(0)
+    next(row for row in rows if row.get("arm") == "preserve=none")["bwt_gem"] = control
+    names = [row["name"] for row in claims(rows)]
+    assert "forgetting cut by KPP against no preservation" not in names
+    assert "forgetting cut by KPP against a random mask" in names
+
+
 def test_claims_about_arms_that_did_not_run_are_left_out():
     rows = [row for row in _rows(0) if row.get("arm") != "merge=none" and row.get("mode") != "all"]
     names = [row["name"] for row in claims(rows)]
