@@ -164,6 +164,9 @@ class MergeConfig(Section, frozen=True):
     method: Literal["mean", "fisher", "none"] = "mean"
 
 
+_ARM_SECTIONS = ("preserve", "route", "sites", "codec", "merge")  # what the stream alone reads
+
+
 class SystemConfig(Section, frozen=True):
     """Everything a run depends on besides package versions, CPU level and thread count."""
 
@@ -187,6 +190,21 @@ class SystemConfig(Section, frozen=True):
         return self
 
     @model_validator(mode="after")
+    def _student_fits_in_teacher(self) -> Self:
+        if self.distill.method != "m2m" or self.distill.start != "recycled":
+            return self
+        for key, asked, has in (
+            ("width", self.distill.width, self.teacher.width),
+            ("hidden", max(self.distill.hidden), self.teacher.hidden),
+        ):
+            if asked > has:
+                raise ValueError(
+                    f"distill.{key} must be at most teacher.{key} ({has}), got {asked}: a recycled "
+                    "student keeps units of the teacher; or set distill.start=random"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _arms_are_overrides(self) -> Self:
         plain = self.model_copy(update={"arms": ()}) if self.arms else self
         for arm in self.arms:
@@ -194,6 +212,11 @@ class SystemConfig(Section, frozen=True):
                 override(plain, [arm])
             except ValueError as error:
                 raise ValueError(f"arm {arm!r}: {error}") from None
+            if arm.partition("=")[0].strip().partition(".")[0] not in _ARM_SECTIONS:
+                raise ValueError(
+                    f"arm {arm!r} must change one of {', '.join(_ARM_SECTIONS)}: all arms share "
+                    "data, teacher and student; for another of these start another run"
+                )
         return self
 
 
