@@ -206,7 +206,14 @@ def unpack(packet: bytes, spec: Spec, *, site: int, round_: int) -> dict[str, Pa
         text = json.loads(packet[8 : 8 + int.from_bytes(packet[:8], "little")])
         fields = json.loads(text["__metadata__"]["gose"])
         came = {str(name): str(value) for name, value in fields.items()}
-    except (safetensors.SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (
+        safetensors.SafetensorError,
+        KeyError,
+        ValueError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise PacketError(f"packet of site {site}: is not a packet ({error})") from None
     layout = {name: (dtype, (n,)) for name, (dtype, n) in spec.layout().items()}
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -232,6 +239,10 @@ def _read_section(
     _expect_finite(scale, section, site)
     if bool((scale < 0).any()):
         raise PacketError(f"packet of site {site}: section {section.name!r} has a negative scale")
+    if bool((scale > gk.FORMATS[spec.format].max_scale).any()):
+        raise PacketError(
+            f"packet of site {site}: section {section.name!r} has a scale that decodes to infinity"
+        )
     return Coded(tensors[f"{section.name}.code"], scale, section.numel, spec.format)
 
 

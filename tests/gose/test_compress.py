@@ -122,9 +122,17 @@ def _forged(packet: bytes, spec_: Spec, tensors=None, /, **changed: str) -> byte
     return safetensors.torch.save(tensors, metadata={"gose": json.dumps(fields)})
 
 
+def _nested(length: int) -> bytes:
+    """A safetensors file of this length whose only content is lists in lists in lists."""
+    start, end = b'{"__metadata__":{"gose":"', b'"}}'
+    header = start + b"[" * (length - 8 - len(start) - len(end)) + end
+    return len(header).to_bytes(8, "little") + header
+
+
 _SPEC = _spec("int8_b256_f32")
 _SENT = pack(_SPEC, _values(), site=3, round_=5).packet
 _SCALE = torch.ones(4)
+_HUGE = torch.full((4,), 3e38)
 _NAN = torch.tensor([1.0, 1.0, torch.nan, 1.0])
 
 
@@ -148,6 +156,8 @@ _NAN = torch.tensor([1.0, 1.0, torch.nan, 1.0])
         (_SENT[:-500] + bytes([_SENT[-500] ^ 1]) + _SENT[-499:], "crc32 must be"),
         (_forged(_SENT, _SPEC, {"matrices.scale": _NAN}), "section 'matrices' holds NaN or inf"),
         (_forged(_SENT, _SPEC, {"matrices.scale": -_SCALE}), "has a negative scale"),
+        (_forged(_SENT, _SPEC, {"matrices.scale": _HUGE}), "a scale that decodes to infinity"),
+        (_nested(len(_SENT)), "is not a packet (maximum recursion"),
         (_forged(_SENT, _SPEC, {"biases": torch.full((10,), torch.inf)}), "'biases' holds NaN or"),
     ],
 )
