@@ -343,7 +343,7 @@ def _bad_input_exits_2() -> Iterator[None]:
 
 @contextmanager
 def _signals_stop() -> Iterator[None]:
-    """Ctrl-C and a polite kill raise _Stopped inside the block."""
+    """Ctrl-C and a polite kill raise _Stopped inside the block; past it, they are the exit code."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
         raise _Stopped(number)
@@ -351,6 +351,8 @@ def _signals_stop() -> Iterator[None]:
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except _Stopped as stopped:  # before the first unit, or while the report was written
+        raise typer.Exit(128 + stopped.number) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -168,6 +168,18 @@ def test_a_stopped_run_is_resumed_to_the_same_bytes(gose, monkeypatch, tmp_path,
     assert gose("run", "--resume", "my run").exit_code == 0
 
 
+@pytest.mark.parametrize("moment", ["create", "write"])
+def test_a_signal_outside_of_the_units_is_no_traceback(gose, monkeypatch, moment):
+    def signal_here(*_arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not reached: the signal stops here")
+
+    monkeypatch.setattr(cli.rundir if moment == "create" else cli.reports, moment, signal_here)
+    result = gose("run", "quickstart", "--out", "here")
+    assert result.exit_code == 143
+    assert isinstance(result.exception, SystemExit)
+
+
 def test_a_failure_tells_how_to_go_on(gose, monkeypatch):
     def failing(run_config, directory):
         yield from list(small_run(run_config, directory))[:2]
