@@ -49,7 +49,7 @@ class Progress(NamedTuple):
     done: int  # units of the whole run
     total: int
     phase: str  # few distinct values: teacher, distill, learn, merge, evaluate, ...
-    label: str  # which unit: "seed 0, kpp, task 2, round 1"
+    label: str  # which unit: "seed 0, main, task 2, round 1, learn"
     amount: float  # work of this unit, counted in `unit`
     unit: str  # "images"
     seconds: float  # wall time of this unit

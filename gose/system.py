@@ -92,9 +92,9 @@ def arms(config: SystemConfig) -> dict[str, SystemConfig]:
 
 
 def stream_of(config: SystemConfig, seed: int) -> Sequence[Task]:
-    """The tasks of a seed."""
+    """The tasks of a seed; ValueError if the sites could not share one of their sets of images."""
     section = config.data
-    return list(
+    tasks = list(
         data.stream(
             section.tasks,
             generator=units.generator_of(seed, "data"),
@@ -105,6 +105,20 @@ def stream_of(config: SystemConfig, seed: int) -> Sequence[Task]:
             root=section.root,
         )
     )
+    for task in tasks:
+        for part, wanted, key in (
+            ("train", 2 * config.sites.num_sites, "train_per_class"),
+            ("validation", config.sites.num_sites, "validation_fraction"),
+            ("test", 1, "test_fraction"),
+        ):
+            found = len(getattr(task, part).label_B)
+            if found < wanted:
+                raise ValueError(
+                    f"data: task {task.name} must have at least {wanted} {part} images for "
+                    f"{config.sites.num_sites} sites, got {found}; raise data.{key} or lower "
+                    "sites.num_sites"
+                )
+    return tasks
 
 
 def with_results(state: State, rows: Sequence[Mapping[str, Json]]) -> State:

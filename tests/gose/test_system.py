@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gose import rundir, system
+from gose.checkpoint import State
 from gose.config import SystemConfig, override
 
 _ARMS = ("preserve=none", "preserve=random", "route=uniform", "codec=none", "merge=none")
@@ -155,6 +156,23 @@ def test_a_run_that_stops_and_resumes_writes_the_same_bytes(finished, tmp_path, 
 def test_arms_equal_to_the_run_itself_are_not_run_twice():
     config = override(MINIATURE, ["preserve=none"])
     assert list(system.arms(config)) == ["main", *(a for a in _ARMS if a != "preserve=none")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "sites.num_sites=900",
+            "at least 1800 train images for 900 sites, got 1295; raise data.train",
+        ),
+        ("data.validation_fraction=0.0001", "at least 3 validation images for 3 sites, got 0"),
+        ("data.test_fraction=0.0001", "task digits must have at least 1 test images"),
+    ],
+)
+def test_too_few_images_are_told_before_anything_is_trained(setting, message):
+    first = next(system.sequence(override(MINIATURE, [setting])))
+    with pytest.raises(ValueError, match=message):
+        first.run(State({}, {}))
 
 
 @pytest.mark.parametrize(
