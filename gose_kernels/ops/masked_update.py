@@ -95,8 +95,16 @@ def _check_step(step: Sequence[Tensor], param: Sequence[Tensor], frozen: Sequenc
 
 
 def _keep(frozen: Sequence[Tensor], n: int, tensor: Tensor, new: Tensor) -> None:
-    """tensor becomes `new` where not frozen."""
-    tensor.copy_(torch.where(frozen[n], tensor, new) if frozen else new)
+    """tensor becomes `new` where not frozen.
+
+    On bits, because torch.where takes one element at a time, ten times longer on a random mask.
+    """
+    if frozen:
+        integer = torch.int32 if tensor.dtype == torch.float32 else torch.int64
+        bits = tensor.view(integer)
+        all_ones_if_live = frozen[n].to(integer) - 1
+        new = (bits ^ ((bits ^ new.view(integer)) & all_ones_if_live)).view(tensor.dtype)
+    tensor.copy_(new)
 
 
 def _gradient(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
