@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gose_kernels import native as native_library
 
@@ -110,9 +111,17 @@ def triton_reason() -> str | None:
     return None if torch.cuda.is_available() else "no GPU or driver is visible to torch"
 
 
+def _mixed_devices_reason(*args: Any, **_options: Any) -> str | None:
+    """torch computes with a number (shape []) on the CPU beside tensors on any device."""
+    devices = {str(t.device) for t in _tensors(args) if t.dim() > 0}
+    if len(devices) < 2:
+        return None
+    return f"takes tensors on one device, got them on {' and '.join(sorted(devices))}"
+
+
 def reference(run: Callable[..., Any]) -> Backend:
     """The backend `torch`: the op's specification in plain torch, on every device and dtype."""
-    return Backend("torch", run, lambda *_args, **_options: None)
+    return Backend("torch", run, _mixed_devices_reason)
 
 
 def native(
@@ -181,14 +190,15 @@ def triton(
 
 
 def _needs_dispatcher(args: Sequence[object], casts: bool) -> bool:
-    """Whether autograd, autocast, a mode, a transform or a tensor subclass must see the call."""
+    """Whether autograd, autocast, a mode, a transform, a tensor subclass or a tensor without data
+    needs more than the backend."""
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
     if torch._C._functorch.maybe_current_level() is not None:
         return True
     grad = torch.is_grad_enabled()
     for t in _tensors(args):
-        if (grad and t.requires_grad) or type(t) not in (Tensor, torch.nn.Parameter):
+        if (grad and t.requires_grad) or t.is_meta or type(t) not in (Tensor, torch.nn.Parameter):
             return True
         if casts and torch.is_autocast_enabled(t.device.type):
             return True
@@ -218,6 +228,11 @@ class Op:
         self._options = {
             a.name: a.default_value for a in arguments if a.kwarg_only and a.name != "backend"
         }
+        self._tensors = [
+            (at, a.name, str(a.type) != "Tensor")
+            for at, a in enumerate(self._positional)
+            if str(a.type) in ("Tensor", "Optional[Tensor]")
+        ]
         self._required = [a.name for a in arguments if a.kwarg_only and not a.has_default_value()]
         self._casts = bool(autocast)
 
@@ -242,6 +257,10 @@ class Op:
                 positional.append(a.default_value)
             else:
                 raise TypeError(f"{self.name}: argument {a.name!r} is missing")
+        for at, name, optional in self._tensors:
+            if not (isinstance(positional[at], Tensor) or (optional and positional[at] is None)):
+                kind = type(positional[at]).__name__
+                raise TypeError(f"{self.name}: argument {name!r} must be a tensor, got {kind}")
         if missing := [name for name in self._required if name not in options]:
             raise TypeError(f"{self.name}: option {missing[0]!r} is missing")
         if unknown := [name for name in options if name not in self._options]:
@@ -285,6 +304,10 @@ class Op:
     def run(self, *args: Any, **options: Any) -> Any:
         """The call below autograd, autocast and torch's dispatcher."""
         bound, bound_options, backend = self._bind(args, options)
+        if forward_ad._current_level >= 0 and any(
+            forward_ad.unpack_dual(t).tangent is not None for t in _tensors(bound)
+        ):
+            raise RuntimeError(f"{self.name}: has no forward-mode gradient")  # torch would drop it
         picked = self.pick(*bound, backend=backend, **bound_options)
         if torch._C._is_any_autocast_enabled():
             # The op's own casts are done; what a reference calls inside must not cast again.
@@ -369,7 +392,8 @@ def register(
 
     schema         ends in `*, ..., str? backend=None`; tensor arguments are positional
     fake           shapes and dtypes of the outputs, called with the schema's arguments
-    setup_context, backward   in the form of torch.library.register_autograd
+    setup_context, backward   in the form of torch.library.register_autograd; without them a
+                   gradient through the op raises
     training       instead of a backward: run in the op's place, on the op's arguments, where one of
                    them requires a gradient; the same outputs from differentiable ops
     cost           Cost of a call, from its bound arguments
@@ -382,16 +406,29 @@ def register(
     qualified = f"gose::{op.name}"
     _LIBRARY.impl(op.name, op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_LIBRARY
-        )
     if training is not None:
         _register_training(op, training)
+    elif not op.overload._schema.is_mutable:
+        torch.library.register_autograd(
+            qualified, backward or _no_gradient(op), setup_context=setup_context, lib=_LIBRARY
+        )
     if autocast:
         _register_autocast(op, autocast)
     OPS[op.name] = op
     return op
+
+
+def _no_gradient(op: Op) -> Callable[..., None]:
+    """A backward that raises: without it torch would drop that part of the gradient in silence."""
+    once = op.name.removesuffix("_backward")
+    text = "has no gradient; call it on detached tensors"
+    if once != op.name:
+        text = f"{once} can be differentiated once, not twice"
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"{op.name}: {text}")
+
+    return backward
 
 
 class Row(NamedTuple):

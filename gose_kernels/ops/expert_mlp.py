@@ -387,10 +387,6 @@ def _backward(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None,
     return x, weight, None, up, down, bias_up, bias_down, None, None
 
 
-def _once(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("expert_mlp_backward: expert_mlp can be differentiated once, not twice")
-
-
 def _moved(call: MlpCall) -> int:
     """Bytes of tokens, slots and the weights of no more experts than there are slots."""
     E, H, F, D = check(call)
@@ -489,7 +485,6 @@ expert_mlp_backward = register(
     "str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference(expert_mlp_backward_reference),
     fake=_backward_fake,
-    backward=_once,
     cost=_backward_cost,
     example=_backward_example,
 )

@@ -64,6 +64,8 @@ def test_named_backend_runs_or_raises_its_reason() -> None:
     [
         ((), {}, "argument 'x_P' is missing"),
         ((torch.ones(1), 2.0), {}, "takes 1 positional arguments, got 2"),
+        (([1.0],), {}, "argument 'x_P' must be a tensor, got list"),
+        ((None,), {}, "argument 'x_P' must be a tensor, got NoneType"),
         ((torch.ones(1),), {"scael": 2.0}, "no argument named 'scael'"),
     ],
 )
@@ -110,6 +112,60 @@ def test_modes_transforms_and_compile_see_the_op() -> None:
     # torch.library gives such ops no functorch rule: an error, never a silently constant result.
     with pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda x: doubled(x).sum())(torch.ones(3))
+
+
+@pytest.mark.parametrize("name", ["combine", "entropy", "route"])
+def test_a_second_derivative_raises_where_there_is_none(name: str) -> None:
+    op = gk.OPS[name]
+    inputs = [
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in op.example(torch.device("cpu"), torch.float32)  # type: ignore[misc]
+    ]
+    out = op(*inputs)
+    (grad,) = torch.autograd.grad(
+        (out[0] if name == "route" else out).square().sum(), inputs[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match=f"{name} can be differentiated once, not twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "low_rank"])
+def test_a_gradient_through_an_op_without_one_raises(name: str) -> None:
+    op = gk.OPS[name]
+    assert op.example is not None
+    inputs = [
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in op.example(torch.device("cpu"), torch.float32)
+    ]
+    out = op(*inputs)
+    floats = [t for t in (out if isinstance(out, tuple) else (out,)) if t.is_floating_point()]
+    with pytest.raises(RuntimeError, match=f"{name}: has no gradient"):
+        sum(t.sum() for t in floats).backward()  # type: ignore[union-attr]
+
+
+def test_a_forward_mode_tangent_raises_and_is_not_dropped() -> None:
+    x_P = torch.ones(3)
+    with torch.autograd.forward_ad.dual_level():
+        dual_P = torch.autograd.forward_ad.make_dual(x_P, x_P)
+        for call in (doubled, torch.ops.gose.test_double):
+            with pytest.raises(RuntimeError, match="test_double: has no forward-mode gradient"):
+                call(dual_P)
+        assert torch.equal(doubled(x_P), 2 * x_P)
+
+
+@pytest.mark.parametrize("name", sorted(set(gk.OPS) - {"test_double"}))
+def test_meta_tensors_give_meta_tensors(name: str) -> None:
+    op = gk.OPS[name]
+    assert op.example is not None
+    out = op(*op.example(torch.device("meta"), torch.float32))
+    outputs = out if isinstance(out, tuple) else () if out is None else (out,)
+    assert all(t.is_meta for t in outputs)
+
+
+def test_tensors_on_two_devices_are_refused_by_every_backend() -> None:
+    grad_BM, logits_BMC = torch.ones(2, 3), torch.ones(2, 3, 8, device="meta")
+    with pytest.raises(ValueError, match="torch: takes tensors on one device, got them on cpu and"):
+        gk.OPS["entropy_backward"].pick(grad_BM, logits_BMC)
 
 
 def test_opcheck() -> None:
