@@ -4,7 +4,9 @@ stable ABI. All else about the package stands in pyproject.toml.
 GOSE_NATIVE=1  a missing compiler or missing torch headers is an error (default: the package
                installs without compiled kernels and `gose doctor` says so); 0 does not compile
 GOSE_CUDA=0|1  without, with CUDA kernels (default: with them when nvcc is found)
+CXX            the C++ compiler, with a launcher and flags if need be (default: c++, g++, clang++)
 CUDA_HOME      the CUDA toolkit (default: that of the nvcc on the PATH, or /usr/local/cuda)
+MAX_JOBS       compilers at a time (default: ninja's)
 TORCH_CUDA_ARCH_LIST  CUDA architectures, default "8.0;9.0a;10.0a" and PTX of 9.0
 A compiler that fails is an error in every case.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,9 +56,20 @@ def find_torch() -> Path | None:
 
 
 def find_compiler() -> str | None:
-    return next(
-        (c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None
-    )
+    """CXX as it stands, which may hold a launcher and flags; else the compiler on the PATH."""
+    if chosen := os.environ.get("CXX"):
+        if shutil.which(shlex.split(chosen)[0]) is None:
+            sys.exit(f"setup.py: CXX must name a C++ compiler on the PATH, got {chosen!r}")
+        return chosen
+    return next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
+
+
+def ninja_path(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def ninja_flag(flag: str) -> str:
+    return shlex.quote(flag).replace("$", "$$")
 
 
 def find_cuda_home() -> Path | None:
@@ -107,10 +121,9 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch, compiler = find_torch(), find_compiler()
         ninja = shutil.which("ninja")
-        if ninja is None and (found := importlib.util.find_spec("ninja")) is not None:
+        if ninja is None and importlib.util.find_spec("ninja") is not None:
             import ninja as ninja_package
 
-            assert found is not None
             ninja = str(Path(ninja_package.BIN_DIR) / "ninja")
         missing = [
             what
@@ -138,15 +151,22 @@ class Build(build_ext):
             # psabi: vectors never cross a call, all is inlined. uninitialized: GCC 12 warns of its
             # own _mm512_undefined (GCC bug 105593).
             *("-Wno-psabi", "-Wno-maybe-uninitialized", "-ffunction-sections"),
-            *("-DNDEBUG", f"-I{CSRC}"),
+            *("-DNDEBUG", ninja_flag(f"-I{CSRC}")),
         ]
         torch_flags = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            *(f"-isystem {torch / 'include' / sub}" for sub in ("", "torch/csrc/api/include")),
+            *(
+                ninja_flag(f"-isystem{torch / 'include' / sub}")
+                for sub in ("", "torch/csrc/api/include")
+            ),
         ]
         cuda_home = self.cuda_home()
         if cuda_home is not None:
-            torch_flags += ["-DUSE_CUDA", "-DGOSE_WITH_CUDA", f"-isystem {cuda_home / 'include'}"]
+            torch_flags += [
+                "-DUSE_CUDA",
+                "-DGOSE_WITH_CUDA",
+                ninja_flag(f"-isystem{cuda_home / 'include'}"),
+            ]
         objects: list[str] = []
         lines = [
             f"cxx = {compiler}",
@@ -162,7 +182,7 @@ class Build(build_ext):
 
         def compile_(source: Path, name: str, more: str) -> None:
             objects.append(name)
-            lines.extend([f"build {name}: compile {source}", f"  more = {more}"])
+            lines.extend([f"build {name}: compile {ninja_path(source)}", f"  more = {more}"])
 
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.name in COMPILED_ONCE:
@@ -175,30 +195,31 @@ class Build(build_ext):
         # libstdc++ before torch: libtorch_cpu exports copies of its symbols, which it may drop.
         libraries = [
             *("-Wl,--gc-sections", "-Wl,--as-needed", "-lstdc++"),
-            *(f"-L{torch / 'lib'}", "-ltorch_cpu"),
+            *(ninja_flag(f"-L{torch / 'lib'}"), "-ltorch_cpu"),
         ]
         if cuda_home is not None:
             compile_(CSRC / "bind_cuda.cpp", "bind_cuda.o", "$torch_flags")
             lines += [
-                f"nvcc = {cuda_home / 'bin' / 'nvcc'}",
+                f"nvcc = {ninja_flag(str(cuda_home / 'bin' / 'nvcc'))}",
                 "rule compile_cuda",
                 "  command = $nvcc -std=c++20 -O3 "
                 "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -Xfatbin -compress-all "
-                f"{' '.join(cuda_architectures())} -I{CSRC} -MMD -MF $out.d -c $in -o $out",
+                f"{' '.join(cuda_architectures())} {ninja_flag(f'-I{CSRC}')} "
+                "-MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 objects.append(f"{source.stem}.cuda.o")
-                lines.append(f"build {objects[-1]}: compile_cuda {source}")
+                lines.append(f"build {objects[-1]}: compile_cuda {ninja_path(source)}")
             # The runtime is linked in: the library loads where no CUDA is installed.
             libraries += [
-                f"-L{cuda_home / 'lib64'}",
-                f"-L{cuda_home / 'lib'}",
+                ninja_flag(f"-L{cuda_home / 'lib64'}"),
+                ninja_flag(f"-L{cuda_home / 'lib'}"),
                 *("-lcudart_static", "-lrt", "-ldl", "-lpthread"),
             ]
         lines += [
-            f"build {target}: link {' '.join(objects)}",
+            f"build {ninja_path(target)}: link {' '.join(objects)}",
             f"  libraries = {' '.join(libraries)}",
         ]
         return "\n".join([*lines, ""])
@@ -237,12 +258,7 @@ class Wheel(bdist_wheel):
 native = wants("GOSE_NATIVE") is not False
 setup(
     ext_modules=[
-        Extension(
-            "gose_kernels.libgose_kernels",
-            sources=[],
-            # What the source distribution must carry.
-            depends=[str(f.relative_to(ROOT)) for f in sorted(CSRC.rglob("*")) if f.is_file()],
-        )
+        Extension("gose_kernels.libgose_kernels", sources=[]),
     ]
     if native
     else [],

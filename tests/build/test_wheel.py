@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -112,6 +115,75 @@ def test_a_failing_compiler_is_an_error(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode != 0
+
+
+def test_a_chosen_compiler_that_is_not_there_is_an_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "--name"],
+        cwd=ROOT,
+        env={**os.environ, "CXX": "no-such-c++ -O1", "GOSE_NATIVE": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "CXX must name a C++ compiler on the PATH, got 'no-such-c++ -O1'" in done.stderr
+
+
+def _checkout(parent: Path, *folders: str) -> Path:
+    """A copy of what a build needs, in a folder with a name that shells and ninja take apart."""
+    checkout = parent / "a $check out"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in folders:
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, checkout)
+    return checkout
+
+
+def test_folders_may_hold_blanks_and_cxx_a_launcher(tmp_path: Path) -> None:
+    """A compiler that notes its arguments builds a copy in such a folder."""
+    checkout = _checkout(tmp_path, "csrc", "gose_kernels")
+    log = tmp_path / "log"
+    compiler = tmp_path / "noting-c++"
+    compiler.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        f"with open({str(log)!r}, 'a') as log: log.write(repr(sys.argv[1:]) + chr(10))\n"
+        "for flag, name in zip(sys.argv, sys.argv[1:]):\n"
+        "    if flag in ('-o', '-MF'): pathlib.Path(name).touch()\n"
+    )
+    compiler.chmod(0o755)
+    build = tmp_path / "build here"
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(build)],
+        cwd=checkout,
+        env={**os.environ, "CXX": f"{compiler} --launched", "GOSE_CUDA": "0", "GOSE_NATIVE": "1"},
+        check=True,
+    )
+    calls = [ast.literal_eval(line) for line in log.read_text().splitlines()]
+    assert all(call[0] == "--launched" for call in calls)
+    compiled = [call for call in calls if "-c" in call]
+    assert all(f"-I{checkout / 'csrc'}" in call for call in compiled)
+    sources = {Path(call[call.index("-c") + 1]) for call in compiled}
+    assert sources == {checkout / "csrc" / "bind.cpp", *(checkout / "csrc/cpu").glob("*.cpp")}
+    assert list(build.rglob("libgose_kernels.so"))
+
+
+def test_the_source_distribution_carries_csrc_always(tmp_path: Path) -> None:
+    checkout = _checkout(tmp_path, "csrc", "gose", "gose_kernels", "tests")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=checkout,
+        env={**os.environ, "GOSE_NATIVE": "0"},
+        check=True,
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as members:
+        inside = {m.name.partition("/")[2] for m in members if m.isfile()}
+    files = {str(p.relative_to(checkout)) for p in checkout.rglob("*") if p.is_file()}
+    wanted = {n for n in files if n.startswith(("csrc/", "gose/", "gose_kernels/"))}
+    assert wanted | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= inside
+    assert not [n for n in inside if n.startswith("tests/")]
 
 
 @pytest.mark.parametrize("name", ["GOSE_NATIVE", "GOSE_CUDA"])
