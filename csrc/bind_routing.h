@@ -293,10 +293,9 @@ inline RouteBackwardCall prepare_route_backward(
   const auto pointer = [&](const char* name, const std::optional<Tensor>& t,
                            const std::vector<int64_t>& shape, ScalarType type) -> const void* {
     if (!t) return nullptr;
-    check_dtype("route_backward", name, *t, type);
-    if (sizes_of(*t, t->dim()) != shape) {
-      refuse("route_backward: ", name, " has shape ", shape_of(*t),
-             ", which route does not return");
+    if (sizes_of(*t, t->dim()) != shape || t->scalar_type() != type) {
+      refuse("route_backward: ", name, " must be ", dtype_name(type), " of shape ",
+             shape_text(shape), ", got ", dtype_name(t->scalar_type()), " of shape ", shape_of(*t));
     }
     read.push_back(torch::stable::contiguous(*t));
     return read.back().const_data_ptr();

@@ -25,6 +25,8 @@ from gose_kernels.registry import Cost, native, reference, register, triton
 def _check(name: str, y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> None:
     if y_ND.dim() != 2:
         raise ValueError(f"{name}: y_ND must have 2 dimensions, got shape {tuple(y_ND.shape)}")
+    if not y_ND.is_floating_point():
+        raise ValueError(f"{name}: y_ND must be floating point, got {y_ND.dtype}")
     if weight_TK.dim() != 2:
         raise ValueError(
             f"{name}: weight_TK must have 2 dimensions, got shape {tuple(weight_TK.shape)}"

@@ -382,6 +382,27 @@ def _noisy_load_gradient(call: RouteCall, live: _Live) -> Tensor | float:
     return grad_TE - back.scatter_(1, last_T1, grad_TE.sum(dim=1, keepdim=True))[:, :E]
 
 
+def _check_backward(call: RouteCall, outputs: Sequence[Tensor | None]) -> None:
+    """outputs: expert, load and importance, then a gradient of each floating output or None."""
+    check(call)
+    (T, E), K = call.score_TE.shape, call.top_k
+    wanted = {
+        "expert_TK": ((T, K), int32),
+        "load_E": ((E,), int32),
+        "importance_E": ((E,), call.dtype),
+        "grad_weight_TK": ((T, K), call.dtype),
+        "grad_entropy_T": ((T,), call.dtype),
+        "grad_importance_E": ((E,), call.dtype),
+        "grad_loss_L": ((len(LOSSES),), call.dtype),
+    }
+    for (name, (shape, dtype)), given in zip(wanted.items(), outputs, strict=True):
+        if given is not None and (tuple(given.shape) != shape or given.dtype != dtype):
+            raise ValueError(
+                f"route_backward: {name} must be {dtype} of shape {shape}, "
+                f"got {given.dtype} of shape {tuple(given.shape)}"
+            )
+
+
 def route_backward_reference(
     score_TE: Tensor,
     top_k: int,
@@ -403,7 +424,11 @@ def route_backward_reference(
     expert_TK, load_E, importance_E are route's outputs. A gradient that is None is zero.
     """
     call = RouteCall(score_TE, top_k, entropy_TE, entropy_E, bias_E, noise_TE, **options)
-    check(call)
+    grads = (grad_weight_TK, grad_entropy_T, grad_importance_E, grad_loss_L)
+    _check_backward(call, (expert_TK, load_E, importance_E, *grads))
+    E = score_TE.shape[1]
+    if expert_TK.numel() and not bool(((expert_TK >= 0) & (expert_TK <= E)).all()):
+        raise ValueError(f"route_backward: expert_TK must hold experts in [0, E={E}]")
     live = _live(call)
     logit_TE = _logits(call)
     grad_logit_TE = torch.zeros_like(logit_TE)
@@ -459,6 +484,7 @@ def _ranked(args: Sequence[Any]) -> Tensor:
 
 
 def _backward_fake(*args: Any, backend: str | None = None, **options: Any) -> Tensor:
+    _check_backward(RouteCall(*args[:6], **options), args[6:])
     return torch.empty_like(_ranked(args), memory_format=torch.contiguous_format)
 
 

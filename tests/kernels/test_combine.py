@@ -140,6 +140,7 @@ _R = torch.arange(6, dtype=torch.int32).view(3, 2)
     ("args", "message"),
     [
         ((_Y[0], _W, _R), r"y_ND must have 2 dimensions, got shape \(4,\)"),
+        ((_Y.int(), _W, _R), "y_ND must be float.* got torch.int32"),
         ((_Y, _W[0], _R), r"weight_TK must have 2 dimensions, got shape \(2,\)"),
         ((_Y, _W, _R[:2]), r"row_TK must have the shape of weight_TK \(3, 2\), got \(2, 2\)"),
         ((_Y, _W, _R.long()), "row_TK must be (torch.)?int32, got torch.int64"),

@@ -28,7 +28,7 @@ GRADIENTS = [0, 2, 4, 5]  # the differentiable outputs
 
 
 def doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
 def best(key: dict[int, float], count: int) -> list[int]:
@@ -627,3 +627,30 @@ def test_refusals(message, args, options):
         torch.ops.gose.route(
             *(a.to("meta") if isinstance(a, Tensor) else a for a in args), **options
         )
+
+
+BACKWARD_REFUSALS = [
+    (6, torch.zeros(2, 1, dtype=torch.int32), "expert_TK must be torch.int32 of shape (3, 1), got"),
+    (6, torch.zeros(3, 1, dtype=torch.int64), "expert_TK must be torch.int32 of shape (3, 1), got"),
+    (6, torch.full((3, 1), 5, dtype=torch.int32), "expert_TK must hold experts in [0, E=4]"),
+    (7, torch.zeros(3, dtype=torch.int32), "load_E must be torch.int32 of shape (4,), got"),
+    (8, torch.zeros(4).double(), "importance_E must be torch.float32 of shape (4,), got"),
+    (9, torch.zeros(3, 2), "grad_weight_TK must be torch.float32 of shape (3, 1), got"),
+    (10, torch.zeros(3, 1), "grad_entropy_T must be torch.float32 of shape (3,), got"),
+    (11, torch.zeros(()), "grad_importance_E must be torch.float32 of shape (4,), got"),
+    (12, torch.zeros(4), "grad_loss_L must be torch.float32 of shape (5,), got"),
+]
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"), BACKWARD_REFUSALS, ids=[r[2] for r in BACKWARD_REFUSALS]
+)
+@pytest.mark.parametrize("backend", backends_of("route_backward"))
+def test_backward_refuses_what_route_does_not_return(at, value, message, backend):
+    score_TE = torch.zeros(3, 4)
+    out = route_reference(score_TE, 1)
+    args = [score_TE, 1, *[None] * 4, out[1], out[3], out[4], *gradients((), out, torch.float32)]
+    args[at] = value
+    with pytest.raises(ValueError, match="route_backward: ") as caught:
+        torch.ops.gose.route_backward(*args, backend=backend)
+    assert message in str(caught.value)
