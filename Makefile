@@ -61,4 +61,4 @@ $(VENV)/.test: $(VENV)/.torch $(SOURCES)
 	touch $@ $(VENV)/.run
 
 clean:
-	rm -rf build dist *.egg-info gose_kernels/*.so
+	rm -rf build dist *.egg-info gose_kernels/*.so $(VENV)/.run $(VENV)/.test
