@@ -162,6 +162,13 @@ def test_meta_tensors_give_meta_tensors(name: str) -> None:
     assert all(t.is_meta for t in outputs)
 
 
+@pytest.mark.parametrize("name", sorted(set(gk.OPS) - {"test_double"}))
+def test_every_op_passes_opcheck_on_its_example(name: str) -> None:
+    op = gk.OPS[name]
+    assert op.example is not None
+    torch.library.opcheck(op.overload, op.example(torch.device("cpu"), torch.float32))
+
+
 def test_tensors_on_two_devices_are_refused_by_every_backend() -> None:
     grad_BM, logits_BMC = torch.ones(2, 3), torch.ones(2, 3, 8, device="meta")
     with pytest.raises(ValueError, match="torch: takes tensors on one device, got them on cpu and"):
