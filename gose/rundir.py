@@ -195,6 +195,9 @@ def read_environment(path: Path) -> dict[str, Json]:
         raise ValueError(f"{path / _ENVIRONMENT}: not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path / _ENVIRONMENT}: not a JSON object")
+    threads = found.get("threads")
+    if type(threads) is not int or threads < 1:
+        raise ValueError(f"{path / _ENVIRONMENT}: threads must be a positive number, got {threads}")
     return found
 
 

@@ -197,6 +197,17 @@ def test_resume_refuses_a_directory_without_run(tmp_path):
         rundir.status(tmp_path / "absent")
 
 
+@pytest.mark.parametrize("threads", [None, 0, "2", True, 1.5])
+def test_an_environment_without_threads_is_refused(tmp_path, threads):
+    with rundir.create(tmp_path, TINY):
+        pass
+    recorded = json.loads((tmp_path / "environment.json").read_text()) | {"threads": threads}
+    (tmp_path / "environment.json").write_text(json.dumps(recorded))
+    refused = pytest.raises(ValueError, match="threads must be a positive number")
+    with refused, rundir.resume(tmp_path):
+        pass
+
+
 def test_resume_tells_another_environment(tmp_path):
     whole(tmp_path)
     recorded = json.loads((tmp_path / "environment.json").read_text())
