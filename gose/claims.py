@@ -88,14 +88,14 @@ CLAIMS = (
         "executed per input, shared modules and router counted",
     ),
     Claim(
-        "forgetting cut by KPP against no preservation",
+        "forgetting cut against preserve=none",
         0.2,
         True,
         _forgetting_cut("preserve=none"),
         "1 - BWT / BWT of the arm preserve=none (GEM)",
     ),
     Claim(
-        "forgetting cut by KPP against a random mask",
+        "forgetting cut against preserve=random",
         0.0,
         True,
         _forgetting_cut("preserve=random"),

@@ -11,6 +11,7 @@ import random
 import subprocess
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 _ROOT = Path(__file__).parent
@@ -40,6 +41,14 @@ def expected_skips() -> list[tuple[str, str]]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="run sampled matrices whole")
     parser.addoption("--matrix-seed", default=_commit_seed(), help="default: from the commit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No deadlines (machines are shared); the same examples in every run but a whole one."""
+    hypothesis.settings.register_profile(
+        "repeatable", deadline=None, derandomize=not config.getoption("--whole")
+    )
+    hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -148,7 +148,7 @@ SOURCES: Mapping[str, Source] = {
             ),
         ),
         read=_read_idx,
-        command="gose data fetch fashion-mnist --to DIR (then name DIR as root), "
+        command="gose data fetch fashion-mnist --to DIR (then --set data.root=DIR), "
         "or: apt-get install --reinstall dataset-fashion-mnist",
         debian_package="dataset-fashion-mnist",
     ),

@@ -43,8 +43,8 @@ def test_values_by_hand_mean_over_seeds_and_verdicts():
         "student training FLOPs / teacher training FLOPs": ([0.5, 0.5], True),
         "EGS accuracy - static accuracy": ([0.3, 0.3], True),
         "EGS FLOPs / FLOPs of all modules": ([0.3, 0.3], True),
-        "forgetting cut by KPP against no preservation": ([0.75, 0.25], True),
-        "forgetting cut by KPP against a random mask": ([-1.0, -5.0], False),
+        "forgetting cut against preserve=none": ([0.75, 0.25], True),
+        "forgetting cut against preserve=random": ([-1.0, -5.0], False),
         "float32 bytes / bytes sent": ([4.0, 4.0], True),
         "accuracy lost by the codec": ([0.02, 0.02], False),
         "merged accuracy - best isolated site": ([0.05, 0.05], True),
@@ -61,8 +61,8 @@ def test_no_share_of_a_forgetting_that_did_not_happen(control):
     rows = _rows(0)
     next(row for row in rows if row.get("arm") == "preserve=none")["bwt_gem"] = control
     names = [row["name"] for row in claims(rows)]
-    assert "forgetting cut by KPP against no preservation" not in names
-    assert "forgetting cut by KPP against a random mask" in names
+    assert "forgetting cut against preserve=none" not in names
+    assert "forgetting cut against preserve=random" in names
 
 
 def test_claims_about_arms_that_did_not_run_are_left_out():
