@@ -3,6 +3,7 @@
 // tokens is summed per block, then over blocks in order, so no number depends on the threads.
 // Capacity and expert_choice need all tokens: passes of their own, in route_all.h.
 #include "route_all.h"
+#include "route_lanes.h"
 
 namespace gose::cpu::GOSE_LEVEL {
 namespace {
@@ -67,7 +68,8 @@ void route_block(const RouteParams& p, int64_t block) {
   const Block b = block_of(p.scratch, block, in.E);
   clear(b, in.E);
   const int64_t stop = in.T < (block + 1) * kRouteBlock ? in.T : (block + 1) * kRouteBlock;
-  for (int64_t t = block * kRouteBlock; t < stop; ++t) {
+  int64_t t = route_by_lanes<Float>(p, block * kRouteBlock, stop, b);
+  for (; t < stop; ++t) {
     widen<Float>(in, t, b);
     const Moments m = moments(b.logit, in.E, b.power);
     add_statistics<Float>(p, b, m, t);
