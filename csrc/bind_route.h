@@ -231,6 +231,18 @@ inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
   return s;
 }
 
+// An uninitialised contiguous tensor, without the dispatcher: six outputs cost more than one row.
+inline Tensor cpu_empty(std::initializer_list<int64_t> sizes, ScalarType type) {
+  const int64_t* size = sizes.begin();
+  const int64_t stride[2] = {sizes.size() > 1 ? std::max<int64_t>(1, size[1]) : 1, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), size, stride,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 struct RouteCall {
   RouteSource source;
   Tensor weight, expert, entropy, load, importance, loss;
@@ -241,15 +253,12 @@ inline RouteCall prepare_route(const Tensor& score_TE, int64_t top_k, const Rout
                                const RouteOptions& options) {
   RouteSource source = prepare_route_source(score_TE, top_k, given, options);
   const int64_t T = source.in.T, E = source.in.E;
-  const auto empty = [&](std::vector<int64_t> sizes, ScalarType type) {
-    return torch::stable::new_empty(source.score, sizes, type);
-  };
-  Tensor weight = empty({T, top_k}, ScalarType::Float);
-  Tensor expert = empty({T, top_k}, ScalarType::Int);
-  Tensor entropy = empty({T}, ScalarType::Float);
-  Tensor load = empty({E}, ScalarType::Int);
-  Tensor importance = empty({E}, ScalarType::Float);
-  Tensor loss = empty({5}, ScalarType::Float);
+  Tensor weight = cpu_empty({T, top_k}, ScalarType::Float);
+  Tensor expert = cpu_empty({T, top_k}, ScalarType::Int);
+  Tensor entropy = cpu_empty({T}, ScalarType::Float);
+  Tensor load = cpu_empty({E}, ScalarType::Int);
+  Tensor importance = cpu_empty({E}, ScalarType::Float);
+  Tensor loss = cpu_empty({5}, ScalarType::Float);
   const RouteParams params = {
       .in = source.in,
       .weight = static_cast<float*>(weight.mutable_data_ptr()),
