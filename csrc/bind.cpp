@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bind_combine.h"
+#include "bind_route.h"
 #include "bind_routing.h"
 #include "cpu/kernels.h"
 
@@ -64,34 +65,40 @@ std::tuple<Tensor, Tensor, Tensor> dispatch(Tensor expert_TK, int64_t num_expert
   return {call.row, call.token, call.offset};
 }
 
-// Options of `route` that gose_kernels/ops/route.py keeps from the kernels come along unnamed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(
     Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
-    std::optional<Tensor> entropy_E, std::optional<Tensor>, std::optional<Tensor>,
-    std::string policy, bool softmax_before, bool renormalize, std::string, int64_t, int64_t,
-    double entropy_floor, std::optional<double> tau, std::optional<int64_t>, std::string,
-    std::optional<std::string>, double, std::vector<double>, double) {
-  const RouteOptions options = {policy == "egs", renormalize || !softmax_before, entropy_floor,
-                                tau};
-  const RouteCall call = prepare_route(score_TE, top_k, entropy_TE, entropy_E, options);
+    std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE,
+    std::string policy, bool softmax_before, bool renormalize, std::string gate, int64_t num_groups,
+    int64_t top_groups, double entropy_floor, std::optional<double> tau,
+    std::optional<int64_t> capacity, std::string capacity_order,
+    std::optional<std::string> adaptive, double mass, std::vector<double> bands, double noise_std) {
+  const RouteOptions options = {policy,     softmax_before, renormalize, gate,     num_groups,
+                                top_groups, entropy_floor,  tau,         capacity, capacity_order,
+                                adaptive,   mass,           bands,       noise_std};
+  const RouteTensors given = {entropy_TE, entropy_E, bias_E, noise_TE};
+  const RouteCall call = prepare_route(score_TE, top_k, given, options);
   cpu::kernels().route(call.params, kTorchThreads);
   return {call.weight, call.expert, call.entropy, call.load, call.importance, call.loss};
 }
 
 Tensor route_backward(Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
-                      std::optional<Tensor> entropy_E, std::optional<Tensor>, std::optional<Tensor>,
-                      Tensor expert_TK, Tensor load_E, Tensor importance_E,
-                      std::optional<Tensor> grad_weight_TK, std::optional<Tensor> grad_entropy_T,
-                      std::optional<Tensor> grad_importance_E, std::optional<Tensor> grad_loss_L,
-                      std::string policy, bool softmax_before, bool renormalize, std::string,
-                      int64_t, int64_t, double entropy_floor, std::optional<double> tau,
-                      std::optional<int64_t>, std::string, std::optional<std::string>, double,
-                      std::vector<double>, double) {
-  const RouteOptions options = {policy == "egs", renormalize || !softmax_before, entropy_floor,
-                                tau};
+                      std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E,
+                      std::optional<Tensor> noise_TE, Tensor expert_TK, Tensor load_E,
+                      Tensor importance_E, std::optional<Tensor> grad_weight_TK,
+                      std::optional<Tensor> grad_entropy_T, std::optional<Tensor> grad_importance_E,
+                      std::optional<Tensor> grad_loss_L, std::string policy, bool softmax_before,
+                      bool renormalize, std::string gate, int64_t num_groups, int64_t top_groups,
+                      double entropy_floor, std::optional<double> tau,
+                      std::optional<int64_t> capacity, std::string capacity_order,
+                      std::optional<std::string> adaptive, double mass, std::vector<double> bands,
+                      double noise_std) {
+  const RouteOptions options = {policy,     softmax_before, renormalize, gate,     num_groups,
+                                top_groups, entropy_floor,  tau,         capacity, capacity_order,
+                                adaptive,   mass,           bands,       noise_std};
+  const RouteTensors given = {entropy_TE, entropy_E, bias_E, noise_TE};
   const RouteBackwardCall call = prepare_route_backward(
-      score_TE, top_k, entropy_TE, entropy_E, expert_TK, load_E, importance_E, grad_weight_TK,
-      grad_entropy_T, grad_importance_E, grad_loss_L, options);
+      score_TE, top_k, given, expert_TK, load_E, importance_E, grad_weight_TK, grad_entropy_T,
+      grad_importance_E, grad_loss_L, options);
   cpu::kernels().route_backward(call.params, kTorchThreads);
   const Tensor& ranked = entropy_TE ? *entropy_TE : entropy_E ? *entropy_E : score_TE;
   return torch::stable::to(call.grad, ranked.scalar_type());

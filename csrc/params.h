@@ -55,21 +55,38 @@ struct DispatchParams {   // rows of expert e are [offset[e], offset[e+1]), in o
   int64_t T, K, E, chunk;
 };
 
-constexpr int64_t kRouteBlock = 64;  // tokens whose statistics are summed together
+constexpr int64_t kRouteBlock = 64;                  // tokens whose statistics are summed together
+constexpr int64_t kRouteRows = 8, kRouteCounts = 3;  // rows of a block's scratch
 
 struct RouteScratch {  // max(1, ceil(T / kRouteBlock)) blocks, E padded to a multiple of 16
-  float* floats;       // [blocks, 4, E padded]
-  int32_t* ints;       // [blocks, 2, E padded], zeroed
+  float* floats;       // [blocks, kRouteRows, E padded]
+  int32_t* ints;       // [blocks, kRouteCounts, E padded], zeroed
   double* doubles;     // [blocks, 3]
-  float* column;       // [E padded]
+  float* column;       // [2, E padded]
+  float* log_p;        // expert_choice: [T, E padded]; priority: [T]; else nullptr
+  uint32_t* order;     // expert_choice: [E padded, T]; priority: [4, T]; else nullptr
 };
 
-struct RouteInput {      // policies softmax and egs; the contract is in gose_kernels/ops/route.py
+enum class RoutePolicy : int32_t { kSoftmax, kSigmoid, kGroupLimited, kExpertChoice, kEgs };
+enum class RouteSum : int32_t { kNothing, kExperts, kChosen };  // what weights are normalized over
+enum class RouteAdaptive : int32_t { kNone, kMass, kBands };
+
+struct RouteInput {      // the contract is in gose_kernels/ops/route.py
   const void* score;     // [T, E] dtype
-  const float* entropy;  // [T or 1, E], nullptr = policy softmax
-  int64_t T, E, K, stride_st, stride_et;
+  const float* entropy;  // [T or 1, E], policy egs only
+  const float* bias;     // [E] or nullptr
+  const float* noise;    // [T, E] or nullptr
+  const double* bands;   // [num_bands], ascending
+  int64_t T, E, K, stride_st, stride_et, stride_nt;
+  int64_t num_groups, top_groups, num_bands;
+  int64_t capacity;  // 0 = none
   float floor, tau;  // egs weights 1 / (H + floor), or softmax(-H / tau) if tau > 0
-  bool chosen;       // weights normalized over the chosen experts, not over all
+  float mass, noise_std;
+  RoutePolicy policy;
+  RouteSum sum;
+  RouteAdaptive adaptive;
+  bool sigmoid;   // a = log sigmoid(score), not score
+  bool priority;  // capacity goes to the surest tokens first, else to the first ones
   DType dtype;
 };
 

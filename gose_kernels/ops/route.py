@@ -541,22 +541,6 @@ def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ..
     return (score_TE, top_k, *[None] * 4, expert_TK, load_E, importance_E, grad_TK, *[None] * 3)
 
 
-def _unless_cpu(*args: Any, **options: Any) -> str | None:
-    """What the compiled kernel leaves to the reference."""
-    policy = options["policy"]
-    if policy not in ("softmax", "egs"):
-        return f"takes policies softmax and egs, got {policy}"
-    for name in ("capacity", "adaptive"):
-        if options[name] is not None:
-            return f"takes no {name}, got {options[name]}"
-    if args[4] is not None or args[5] is not None or options["noise_std"] != 0:
-        return "takes no bias_E, noise_TE or noise_std"
-    # Options that these policies do not read; the reference checks them all the same.
-    if options["gate"] not in GATES or options["capacity_order"] not in ORDERS:
-        return f"takes no gate {options['gate']!r}, capacity_order {options['capacity_order']!r}"
-    return None
-
-
 _OPTIONS = (
     '*, str policy="softmax", bool softmax_before=True, bool renormalize=False, '
     'str gate="softmax", int num_groups=1, int top_groups=1, float entropy_floor=0.05, '
@@ -568,7 +552,7 @@ route = register(
     "route(Tensor score_TE, int top_k, Tensor? entropy_TE=None, Tensor? entropy_E=None, "
     f"Tensor? bias_E=None, Tensor? noise_TE=None, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    native("cpu", "route", float32, bfloat16, float16, unless=_unless_cpu),
+    native("cpu", "route", float32, bfloat16, float16),
     reference(route_reference),
     fake=_fake,
     setup_context=_setup_context,
@@ -583,7 +567,7 @@ route_backward = register(
     "Tensor? grad_weight_TK, Tensor? grad_entropy_T, Tensor? grad_importance_E, "
     "Tensor? grad_loss_L, "
     f"{_OPTIONS}) -> Tensor",
-    native("cpu", "route_backward", float32, bfloat16, float16, unless=_unless_cpu),
+    native("cpu", "route_backward", float32, bfloat16, float16),
     reference(route_backward_reference),
     fake=_backward_fake,
     cost=_backward_cost,
