@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bind_combine.h"
+#include "bind_masked.h"
 #include "bind_routing.h"
 #include "cpu/kernels.h"
 
@@ -97,6 +98,75 @@ Tensor route_backward(Tensor score_TE, int64_t top_k, std::optional<Tensor> entr
   return torch::stable::to(call.grad, ranked.scalar_type());
 }
 
+void masked_sgd(Tensors param, Tensors grad, Tensors momentum_buffer, Tensors frozen, Tensor lr,
+                std::optional<Tensor> grad_scale, double momentum, double weight_decay,
+                bool nesterov, bool maximize) {
+  const char* op = "masked_sgd_";
+  if (nesterov && !(momentum > 0)) refuse(op, ": nesterov needs momentum > 0, got ", momentum);
+  const std::vector<UpdateState> lists = {{"grad", grad, true},
+                                          {"momentum_buffer", momentum_buffer, momentum != 0}};
+  const double rate = scalar_of(op, "lr", lr);
+  const float scale = scale_of(op, grad_scale, maximize);
+  check_update(op, param, frozen, lists);
+  UpdateCall(op, param, lists, {}, frozen).run([&](const UpdateList& list) {
+    cpu::kernels().masked_sgd({.list = list,
+                               .lr = float(rate),
+                               .scale = scale,
+                               .momentum = float(momentum),
+                               .weight_decay = float(weight_decay),
+                               .nesterov = nesterov},
+                              kTorchThreads);
+  });
+}
+
+void masked_adam(Tensors param, Tensors grad, Tensors exp_avg, Tensors exp_avg_sq,
+                 Tensors max_exp_avg_sq, Tensors step, Tensors frozen, Tensor lr,
+                 std::optional<Tensor> grad_scale, double beta1, double beta2, double eps,
+                 double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
+  const char* op = "masked_adam_";
+  const std::vector<UpdateState> lists = {{"grad", grad, true},
+                                          {"exp_avg", exp_avg, true},
+                                          {"exp_avg_sq", exp_avg_sq, true},
+                                          {"max_exp_avg_sq", max_exp_avg_sq, amsgrad}};
+  const double rate = scalar_of(op, "lr", lr);
+  const float scale = scale_of(op, grad_scale, maximize);
+  check_update(op, param, frozen, lists);
+  check_step(op, step, param, frozen);
+  UpdateCall(op, param, lists, step, frozen).run([&](const UpdateList& list) {
+    cpu::kernels().masked_adam({.list = list,
+                                .lr = rate,
+                                .beta1 = beta1,
+                                .beta2 = beta2,
+                                .scale = scale,
+                                .eps = float(eps),
+                                .weight_decay = decoupled ? 0.f : float(weight_decay),
+                                .keep = decoupled ? keep_of(lr, rate, weight_decay) : 1.f,
+                                .amsgrad = amsgrad},
+                               kTorchThreads);
+  });
+}
+
+void masked_lion(Tensors param, Tensors grad, Tensors exp_avg, Tensors frozen, Tensor lr,
+                 std::optional<Tensor> grad_scale, double beta1, double beta2, double weight_decay,
+                 bool maximize) {
+  const char* op = "masked_lion_";
+  const std::vector<UpdateState> lists = {{"grad", grad, true}, {"exp_avg", exp_avg, true}};
+  const double rate = scalar_of(op, "lr", lr);
+  const float scale = scale_of(op, grad_scale, maximize);
+  check_update(op, param, frozen, lists);
+  UpdateCall(op, param, lists, {}, frozen).run([&](const UpdateList& list) {
+    cpu::kernels().masked_lion({.list = list,
+                                .lr = float(rate),
+                                .scale = scale,
+                                .keep = keep_of(lr, rate, weight_decay),
+                                .beta1 = float(beta1),
+                                .beta2 = float(beta2),
+                                .rest1 = float(1 - beta1),
+                                .rest2 = float(1 - beta2)},
+                               kTorchThreads);
+  });
+}
+
 // Levels this CPU can run, best first, separated by blanks.
 std::string cpu_levels() {
   std::string names;
@@ -124,6 +194,19 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "combine_backward(Tensor grad_TD, Tensor y_ND, Tensor weight_TK, Tensor row_TK) -> "
       "(Tensor, Tensor)");
+  m.def(
+      "masked_sgd_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum_buffer, "
+      "Tensor[] frozen, Tensor lr, Tensor? grad_scale, float momentum, float weight_decay, "
+      "bool nesterov, bool maximize) -> ()");
+  m.def(
+      "masked_adam_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, "
+      "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] max_exp_avg_sq, Tensor(e!)[] step, Tensor[] frozen, "
+      "Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled, bool amsgrad, bool maximize) -> ()");
+  m.def(
+      "masked_lion_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor[] frozen, "
+      "Tensor lr, Tensor? grad_scale, float beta1, float beta2, float weight_decay, "
+      "bool maximize) -> ()");
   m.def("entropy(Tensor logits_BMC) -> Tensor");
   m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
   m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
@@ -154,6 +237,9 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("dispatch", TORCH_BOX(&gose::dispatch));
   m.impl("route", TORCH_BOX(&gose::route));
   m.impl("route_backward", TORCH_BOX(&gose::route_backward));
+  m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
+  m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
+  m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CompositeExplicitAutograd, m) {

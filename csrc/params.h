@@ -97,4 +97,44 @@ struct RouteBackwardParams {
   RouteScratch scratch;
 };
 
+constexpr int64_t kUpdateChunk = 4096;  // elements that one thread updates at a time: 64 to 128 KB
+
+struct UpdateTensor {     // one entry of the lists; all tensors are contiguous
+  float* param;           // [numel]
+  const float* grad;      // [numel]
+  float* state[3];        // [numel] each
+  float* step;            // [numel / inner] with step_by_mask, else [1]; nullptr = no counts
+  const uint8_t* frozen;  // [numel / inner], not 0 = must not change; nullptr = nothing is frozen
+  int64_t numel, inner;   // elements; elements per value of the mask
+  int64_t end_chunk;      // chunks of this tensor and of those before it
+  bool step_by_mask;
+};
+
+struct UpdateList {
+  const UpdateTensor* tensor;  // [count]
+  int64_t count, grain;        // grain: chunks that are worth a thread
+};
+
+struct MaskedSgdParams {  // the formulas are in gose_kernels/ops/masked_update.py
+  UpdateList list;
+  float lr, scale;  // scale: grad_scale or 1, negated for maximize
+  float momentum, weight_decay;
+  bool nesterov;
+};
+
+struct MaskedAdamParams {
+  UpdateList list;
+  double lr, beta1, beta2;
+  float scale, eps;
+  float weight_decay;  // into the gradient, 0 when decoupled
+  float keep;          // 1 - lr * weight_decay when decoupled, else 1
+  bool amsgrad;
+};
+
+struct MaskedLionParams {
+  UpdateList list;
+  float lr, scale, keep;
+  float beta1, beta2, rest1, rest2;  // rest = 1 - beta, rounded once
+};
+
 }  // namespace gose

@@ -24,7 +24,10 @@ struct Parallel {
   X(entropy_backward, EntropyBackwardParams) \
   X(dispatch, DispatchParams)                \
   X(route, RouteParams)                      \
-  X(route_backward, RouteBackwardParams)
+  X(route_backward, RouteBackwardParams)     \
+  X(masked_sgd, MaskedSgdParams)             \
+  X(masked_adam, MaskedAdamParams)           \
+  X(masked_lion, MaskedLionParams)
 
 // One line per level that is compiled, worst first: X(level).
 #if defined(__x86_64__)
