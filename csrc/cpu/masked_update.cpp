@@ -130,60 +130,93 @@ class Biases {
   Bias bias_[16];
 };
 
-// Elements [begin, end), all live, of one step count.
+// Whether no lane is set.
+inline bool none(vi x) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)x) == 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)x) == 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)x) == 0;
+#else
+  return sum(x) == 0;
+#endif
+}
+
+// Elements that are fetched ahead: the hardware does not see past a frozen row.
+constexpr int64_t kAhead = 256;
+
+// One vector of elements, `count` of them: all of them where kFull. Frozen lanes keep their bits.
+template <bool kFull, class Rule>
+inline void update_vector(const Rule& rule, const UpdateTensor& t, int64_t i, int64_t count,
+                          const Bias& bias, vi kept) {
+  const auto load_part = [&](const float* p) {
+    return kFull ? load(p + i) : load_some(p + i, count, 0.f);
+  };
+  const auto store_part = [&](float* p, vf x) {
+    kFull ? store(p + i, x) : store_some(p + i, count, x);
+  };
+  const vf old = load_part(t.param);
+  vf param = old, state[3], old_state[3];
+  for (int s = 0; s < Rule::kStates; ++s) state[s] = old_state[s] = load_part(t.state[s]);
+  rule(bias, load_part(t.grad), param, state);
+  store_part(t.param, select(kept, old, param));
+  for (int s = 0; s < Rule::kStates; ++s) {
+    store_part(t.state[s], select(kept, old_state[s], state[s]));
+  }
+}
+
+// Elements [begin, end), all live, of one step count; the next live ones start at `next`.
 template <class Rule>
-void update_run(const Rule& rule, const UpdateTensor& t, int64_t begin, int64_t end,
+void update_run(const Rule& rule, const UpdateTensor& t, int64_t begin, int64_t end, int64_t next,
                 const Bias& bias) {
-  vf state[3];
+  const UpdateTensor own = t;  // stores cannot change it: its pointers stay in registers
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
-    vf param = load(t.param + i);
-    for (int s = 0; s < Rule::kStates; ++s) state[s] = load(t.state[s] + i);
-    rule(bias, load(t.grad + i), param, state);
-    store(t.param + i, param);
-    for (int s = 0; s < Rule::kStates; ++s) store(t.state[s] + i, state[s]);
+    if (next != end && i + kAhead >= end) {
+      const int64_t ahead = next + (i + kAhead - end);
+      __builtin_prefetch(own.param + ahead, 1);
+      __builtin_prefetch(own.grad + ahead);
+      for (int s = 0; s < Rule::kStates; ++s) __builtin_prefetch(own.state[s] + ahead, 1);
+    }
+    update_vector<true>(rule, own, i, kLanes, bias, vi{});
   }
-  const int64_t rest = end - i;
-  if (rest <= 0) return;
-  vf param = load_some(t.param + i, rest, 0.f);
-  for (int s = 0; s < Rule::kStates; ++s) state[s] = load_some(t.state[s] + i, rest, 0.f);
-  rule(bias, load_some(t.grad + i, rest, 0.f), param, state);
-  store_some(t.param + i, rest, param);
-  for (int s = 0; s < Rule::kStates; ++s) store_some(t.state[s] + i, rest, state[s]);
+  if (i < end) update_vector<false>(rule, own, i, end - i, bias, vi{});
 }
 
 // Elements [begin, end) with a mask value each.
 template <class Rule>
 void update_elements(const Rule& rule, const UpdateTensor& t, int64_t begin, int64_t end,
                      Biases<Rule>& biases) {
-  vf state[3];
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t count = end - i < kLanes ? end - i : kLanes;
-    vb frozen = ~vb{};
-    if (count == kLanes) {
-      std::memcpy(&frozen, t.frozen + i, kLanes);
-    } else {
-      std::memcpy(&frozen, t.frozen + i, count);
-    }
+  const UpdateTensor own = t;
+  Bias bias = own.step == nullptr || own.step_by_mask ? Bias() : biases.of(own.step[0]);
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    vb frozen;
+    std::memcpy(&frozen, own.frozen + i, sizeof frozen);
     const vi kept = __builtin_convertvector(frozen, vi) != 0;
-    if (sum(kept) == -kLanes) continue;
-    const auto load_part = [&](const float* p) {
-      return count == kLanes ? load(p + i) : load_some(p + i, count, 0.f);
-    };
-    const auto store_part = [&](float* p, vf old, vf now) {
-      const vf x = select(kept, old, now);
-      count == kLanes ? store(p + i, x) : store_some(p + i, count, x);
-    };
-    const Bias bias = t.step == nullptr ? Bias()
-                      : t.step_by_mask  ? biases.of(load_part(t.step))
-                                        : biases.of(t.step[0]);
-    const vf old = load_part(t.param);
-    vf param = old, old_state[3];
-    for (int s = 0; s < Rule::kStates; ++s) state[s] = old_state[s] = load_part(t.state[s]);
-    rule(bias, load_part(t.grad), param, state);
-    store_part(t.param, old, param);
-    for (int s = 0; s < Rule::kStates; ++s) store_part(t.state[s], old_state[s], state[s]);
+    if (none(~kept)) continue;
+    if (own.step_by_mask) bias = biases.of(load(own.step + i));
+    update_vector<true>(rule, own, i, kLanes, bias, kept);
   }
+  const int64_t rest = end - i;
+  if (rest <= 0) return;
+  vb frozen = ~vb{};
+  std::memcpy(&frozen, own.frozen + i, rest);
+  const vi kept = __builtin_convertvector(frozen, vi) != 0;
+  if (own.step_by_mask) bias = biases.of(load_some(own.step + i, rest, 0.f));
+  update_vector<false>(rule, own, i, rest, bias, kept);
+}
+
+// The end of the run of equal masks (and, where they are by mask, equal counts) at element i.
+inline int64_t end_of_run(const UpdateTensor& t, int64_t i, int64_t end) {
+  const int64_t first = i / t.inner;
+  int64_t last = first;
+  while ((last + 1) * t.inner < end && !t.frozen[last + 1] == !t.frozen[first] &&
+         (!t.step_by_mask || t.step[last + 1] == t.step[first])) {
+    ++last;
+  }
+  return (last + 1) * t.inner < end ? (last + 1) * t.inner : end;
 }
 
 template <class Rule>
@@ -191,19 +224,17 @@ void update_chunk(const Rule& rule, const UpdateTensor& t, int64_t begin, int64_
                   Biases<Rule>& biases) {
   if (t.frozen != nullptr && t.inner == 1) return update_elements(rule, t, begin, end, biases);
   if (t.frozen == nullptr) {
-    return update_run(rule, t, begin, end, t.step == nullptr ? Bias() : biases.of(t.step[0]));
+    const Bias bias = t.step == nullptr ? Bias() : biases.of(t.step[0]);
+    return update_run(rule, t, begin, end, end, bias);
   }
   for (int64_t i = begin; i < end;) {
-    const int64_t first = i / t.inner;
-    int64_t last = first;  // of the run of equal mask values and counts
-    while ((last + 1) * t.inner < end && !t.frozen[last + 1] == !t.frozen[first] &&
-           (!t.step_by_mask || t.step[last + 1] == t.step[first])) {
-      ++last;
-    }
-    const int64_t stop = (last + 1) * t.inner < end ? (last + 1) * t.inner : end;
+    const int64_t first = i / t.inner, stop = end_of_run(t, i, end);
     if (!t.frozen[first]) {
+      int64_t next = stop;
+      while (next < t.numel && t.frozen[next / t.inner]) next = (next / t.inner + 1) * t.inner;
+      if (next >= t.numel) next = stop;
       const Bias bias = t.step == nullptr ? Bias() : biases.of(t.step[t.step_by_mask ? first : 0]);
-      update_run(rule, t, i, stop, bias);
+      update_run(rule, t, i, stop, next, bias);
     }
     i = stop;
   }
