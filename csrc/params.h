@@ -137,4 +137,53 @@ struct MaskedLionParams {
   float beta1, beta2, rest1, rest2;  // rest = 1 - beta, rounded once
 };
 
+// Live elements that one thread codes at a time: whole blocks and whole bytes of every format.
+constexpr int64_t kCodeUnit = 4096;
+
+struct LiveParams {       // start[u] = elements before the live element kCodeUnit * u
+  const uint8_t* frozen;  // [P / inner], not 0 = not coded
+  int64_t P, inner;
+  int64_t* start;  // [ceil(P / kCodeUnit)], or nullptr: count only
+  int64_t* num_live;
+};
+
+struct CodeBad {    // the first value of a unit that is not finite
+  int64_t element;  // -1 = there is none
+  float value;
+};
+
+struct CodeFormat {
+  int32_t bits, block;
+  bool half_scale;  // float16, else float32
+  float max_scale;
+};
+
+struct QuantizeParams {   // the formulas are in gose_kernels/ops/quantize.py
+  const void* x;          // [P] dtype
+  const float* residual;  // [P] or nullptr
+  const uint8_t* frozen;  // [P / inner] or nullptr
+  const int64_t* start;   // [units], of LiveParams; nullptr without frozen
+  uint8_t* code;
+  void* scale;
+  float* left;   // [P], zeroed where frozen; nullptr without residual
+  CodeBad* bad;  // [units]
+  int64_t P, L, inner;
+  int64_t seed, step;
+  bool stochastic;
+  CodeFormat format;
+  DType dtype;
+};
+
+struct DequantizeParams {
+  const uint8_t* code;
+  const void* scale;
+  const uint8_t* frozen;  // [P / inner] or nullptr
+  const int64_t* start;   // [units]
+  float* out;             // [P], zeroed where frozen, or added to
+  int64_t P, L, inner;
+  float weight;
+  bool add;
+  CodeFormat format;
+};
+
 }  // namespace gose

@@ -27,7 +27,10 @@ struct Parallel {
   X(route_backward, RouteBackwardParams)     \
   X(masked_sgd, MaskedSgdParams)             \
   X(masked_adam, MaskedAdamParams)           \
-  X(masked_lion, MaskedLionParams)
+  X(masked_lion, MaskedLionParams)           \
+  X(find_live, LiveParams)                   \
+  X(quantize, QuantizeParams)                \
+  X(dequantize, DequantizeParams)
 
 // One line per level that is compiled, worst first: X(level).
 #if defined(__x86_64__)
