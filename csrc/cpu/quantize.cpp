@@ -139,15 +139,30 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
   draws.first = -1;
   float y[kMaxBlock], u[kMaxBlock] = {};
   int8_t q[kMaxBlock];
-  int64_t place[kMaxBlock], length[kMaxBlock];  // the runs of a block
+  int64_t place[kMaxBlock + 1], length[kMaxBlock];  // the runs of a block
+  const bool by_element = p.frozen != nullptr && p.inner == 1;
+  if (by_element) {
+    for (int64_t n = 0; n < kMaxBlock; ++n) length[n] = 1;
+  }
   for (int64_t unit = begin; unit < end; ++unit) {
     p.bad[unit] = {-1, 0.f};
     Walk walk = {p.frozen, p.P, p.inner, p.start != nullptr ? p.start[unit] : unit * kCodeUnit};
     const int64_t stop = (unit + 1) * kCodeUnit < p.L ? (unit + 1) * kCodeUnit : p.L;
     for (int64_t l = unit * kCodeUnit; l < stop; l += block) {
       const int64_t count = stop - l < block ? stop - l : block;
+      if (by_element) {
+        for (int64_t n = 0; n < count; ++walk.at) {  // without a branch on the mask
+          place[n] = walk.at;
+          n += p.frozen[walk.at] == 0;
+        }
+        for (int64_t n = 0; n < count; ++n) {
+          const float value = to_float(x[place[n]]);
+          y[n] = p.residual == nullptr ? value : value + p.residual[place[n]];
+          if (p.stochastic) draws.to(place[n], 1, u + n);
+        }
+      }
       int runs = 0;
-      for (int64_t n = 0; n < count; ++runs) {
+      for (int64_t n = by_element ? count : 0; n < count; ++runs) {
         const int64_t size = walk.run(count - n);
         place[runs] = walk.at;
         length[runs] = size;
@@ -194,6 +209,10 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
         }
       }
       if (p.left == nullptr) continue;
+      if (by_element) {
+        for (int64_t n = 0; n < count; ++n) p.left[place[n]] = y[n];
+        continue;
+      }
       for (int64_t n = 0, run = 0; n < count; n += length[run++]) {
         std::memcpy(p.left + place[run], y + n, length[run] * sizeof(float));
       }
@@ -225,6 +244,18 @@ void dequantize_units(const DequantizeParams& p, int64_t begin, int64_t end) {
       const int64_t count = stop - l < block ? stop - l : block;
       const float scale = scale_at(p.format, p.scale, l / block);
       decode(p, l, count, value);
+      if (p.frozen != nullptr && p.inner == 1) {
+        int64_t place[kMaxBlock + 1];
+        for (int64_t n = 0; n < count; ++walk.at) {
+          place[n] = walk.at;
+          n += p.frozen[walk.at] == 0;
+        }
+        for (int64_t n = 0; n < count; ++n) {
+          float& out = p.out[place[n]];
+          out = p.add ? out + value[n] * scale * p.weight : value[n] * scale;
+        }
+        continue;
+      }
       for (int64_t n = 0; n < count;) {
         const int64_t size = walk.run(count - n);
         float* out = p.out + walk.at;
@@ -243,11 +274,22 @@ void dequantize_units(const DequantizeParams& p, int64_t begin, int64_t end) {
 
 inline int64_t units_of(int64_t L) { return (L + kCodeUnit - 1) / kCodeUnit; }
 
+constexpr int64_t kGroup = 256;  // mask values that are counted together
+
 }  // namespace
 
 void find_live(const LiveParams& p, const Parallel&) {
   int64_t live = 0, rows = p.inner == 0 ? 0 : p.P / p.inner;
   for (int64_t j = 0; j < rows; ++j) {
+    if (p.inner == 1 && j + kGroup <= rows) {  // skip what holds no start of a unit
+      int32_t count = 0;
+      for (int64_t k = 0; k < kGroup; ++k) count += p.frozen[j + k] == 0;
+      if (units_of(live) * kCodeUnit >= live + count) {
+        live += count;
+        j += kGroup - 1;
+        continue;
+      }
+    }
     if (p.frozen[j]) continue;
     if (p.start != nullptr) {
       for (int64_t u = units_of(live); u * kCodeUnit < live + p.inner; ++u) {
