@@ -180,6 +180,7 @@ class UpdateCall {
                  "element needs backend='torch'");
         }
         t.step = writable(step[n]);
+        t.num_steps = step[n].numel();
       }
       chunks += (t.numel + kUpdateChunk - 1) / kUpdateChunk;
       elements += t.numel;

@@ -103,10 +103,11 @@ struct UpdateTensor {     // one entry of the lists; all tensors are contiguous
   float* param;           // [numel]
   const float* grad;      // [numel]
   float* state[3];        // [numel] each
-  float* step;            // [numel / inner] with step_by_mask, else [1]; nullptr = no counts
+  float* step;            // [num_steps]: per mask value with step_by_mask, else 1; may be nullptr
   const uint8_t* frozen;  // [numel / inner], not 0 = must not change; nullptr = nothing is frozen
   int64_t numel, inner;   // elements; elements per value of the mask
-  int64_t end_chunk;      // chunks of this tensor and of those before it
+  int64_t num_steps;
+  int64_t end_chunk;  // chunks of this tensor and of those before it
   bool step_by_mask;
 };
 

@@ -264,7 +264,7 @@ void count_steps(const UpdateList& list, const Parallel& threads) {
       t.step[0] += 1.f;
       continue;
     }
-    parallel_for(threads, t.numel / t.inner, 1 << 14, [&t](int64_t begin, int64_t end) {
+    parallel_for(threads, t.num_steps, 1 << 14, [&t](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) t.step[j] = t.frozen[j] ? t.step[j] : t.step[j] + 1.f;
     });
   }

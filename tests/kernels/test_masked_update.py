@@ -275,6 +275,15 @@ def test_a_tensor_that_is_twice_in_a_list_steps_twice(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_elements_count_their_steps(backend):
+    param, frozen = [torch.ones(3, 0)] * 4, torch.tensor([[True], [False], [False]])
+    step = torch.tensor([[4.0], [5.0], [6.0]])
+    lists = [[t] for t in param]
+    gk.masked_adam_(*lists, [], [step], [frozen], torch.tensor(0.1), backend=backend)
+    assert step.flatten().tolist() == [4.0, 6.0, 7.0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autograd_sees_that_a_saved_parameter_changed(backend):
     param = torch.ones(3, requires_grad=True)
     loss = (param * param).sum()
