@@ -144,7 +144,7 @@ inline bool none(vi x) {
 }
 
 // Elements that are fetched ahead: the hardware does not see past a frozen row.
-constexpr int64_t kAhead = 256;
+constexpr int64_t kAhead = 512;
 
 // One vector of elements, `count` of them: all of them where kFull. Frozen lanes keep their bits.
 template <bool kFull, class Rule>
@@ -173,8 +173,8 @@ void update_run(const Rule& rule, const UpdateTensor& t, int64_t begin, int64_t 
   const UpdateTensor own = t;  // stores cannot change it: its pointers stay in registers
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
-    if (next != end && i + kAhead >= end) {
-      const int64_t ahead = next + (i + kAhead - end);
+    if (next != end) {
+      const int64_t ahead = i + kAhead < end ? i + kAhead : next + (i + kAhead - end);
       __builtin_prefetch(own.param + ahead, 1);
       __builtin_prefetch(own.grad + ahead);
       for (int s = 0; s < Rule::kStates; ++s) __builtin_prefetch(own.state[s] + ahead, 1);
