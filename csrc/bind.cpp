@@ -3,6 +3,8 @@
 #include <vector>
 
 #include "bind_combine.h"
+#include "bind_masked.h"
+#include "bind_quantize.h"
 #include "bind_route.h"
 #include "bind_routing.h"
 #include "cpu/kernels.h"
@@ -104,6 +106,195 @@ Tensor route_backward(Tensor score_TE, int64_t top_k, std::optional<Tensor> entr
   return torch::stable::to(call.grad, ranked.scalar_type());
 }
 
+void masked_sgd(Tensors param, Tensors grad, Tensors momentum_buffer, Tensors frozen, Tensor lr,
+                std::optional<Tensor> grad_scale, double momentum, double weight_decay,
+                bool nesterov, bool maximize) {
+  const char* op = "masked_sgd_";
+  if (nesterov && !(momentum > 0)) refuse(op, ": nesterov needs momentum > 0, got ", momentum);
+  const std::vector<UpdateState> lists = {{"grad", grad, true},
+                                          {"momentum_buffer", momentum_buffer, momentum != 0}};
+  const double rate = scalar_of(op, "lr", lr);
+  const float scale = scale_of(op, grad_scale, maximize);
+  check_update(op, param, frozen, lists);
+  UpdateCall(op, param, lists, {}, frozen).run([&](const UpdateList& list) {
+    cpu::kernels().masked_sgd({.list = list,
+                               .lr = float(rate),
+                               .scale = scale,
+                               .momentum = float(momentum),
+                               .weight_decay = float(weight_decay),
+                               .nesterov = nesterov},
+                              kTorchThreads);
+  });
+}
+
+void masked_adam(Tensors param, Tensors grad, Tensors exp_avg, Tensors exp_avg_sq,
+                 Tensors max_exp_avg_sq, Tensors step, Tensors frozen, Tensor lr,
+                 std::optional<Tensor> grad_scale, double beta1, double beta2, double eps,
+                 double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
+  const char* op = "masked_adam_";
+  const std::vector<UpdateState> lists = {{"grad", grad, true},
+                                          {"exp_avg", exp_avg, true},
+                                          {"exp_avg_sq", exp_avg_sq, true},
+                                          {"max_exp_avg_sq", max_exp_avg_sq, amsgrad}};
+  const double rate = scalar_of(op, "lr", lr);
+  const float scale = scale_of(op, grad_scale, maximize);
+  check_update(op, param, frozen, lists);
+  check_step(op, step, param, frozen);
+  UpdateCall(op, param, lists, step, frozen).run([&](const UpdateList& list) {
+    cpu::kernels().masked_adam({.list = list,
+                                .lr = rate,
+                                .beta1 = beta1,
+                                .beta2 = beta2,
+                                .scale = scale,
+                                .eps = float(eps),
+                                .weight_decay = decoupled ? 0.f : float(weight_decay),
+                                .keep = decoupled ? keep_of(lr, rate, weight_decay) : 1.f,
+                                .amsgrad = amsgrad},
+                               kTorchThreads);
+  });
+}
+
+void masked_lion(Tensors param, Tensors grad, Tensors exp_avg, Tensors frozen, Tensor lr,
+                 std::optional<Tensor> grad_scale, double beta1, double beta2, double weight_decay,
+                 bool maximize) {
+  const char* op = "masked_lion_";
+  const std::vector<UpdateState> lists = {{"grad", grad, true}, {"exp_avg", exp_avg, true}};
+  const double rate = scalar_of(op, "lr", lr);
+  const float scale = scale_of(op, grad_scale, maximize);
+  check_update(op, param, frozen, lists);
+  UpdateCall(op, param, lists, {}, frozen).run([&](const UpdateList& list) {
+    cpu::kernels().masked_lion({.list = list,
+                                .lr = float(rate),
+                                .scale = scale,
+                                .keep = keep_of(lr, rate, weight_decay),
+                                .beta1 = float(beta1),
+                                .beta2 = float(beta2),
+                                .rest1 = float(1 - beta1),
+                                .rest2 = float(1 - beta2)},
+                               kTorchThreads);
+  });
+}
+
+void run_find_live(const LiveParams& params) { cpu::kernels().find_live(params, kTorchThreads); }
+
+std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x_P, std::optional<Tensor> residual_P,
+                                            std::optional<Tensor> frozen_P, std::string format_name,
+                                            std::string rounding, int64_t seed, int64_t step) {
+  const char* op = "quantize";
+  const CodeFormat format = code_format(op, format_name);
+  const DType dtype = float_dtype(op, "x_P", x_P);
+  if (rounding != "nearest" && rounding != "stochastic") {
+    refuse(op, ": rounding must be nearest or stochastic, got '", rounding, "'");
+  }
+  if (residual_P) {
+    if (sizes_of(*residual_P, residual_P->dim()) != sizes_of(x_P, x_P.dim())) {
+      refuse(op, ": residual_P must have the shape of x_P ", shape_of(x_P), ", got ",
+             shape_of(*residual_P));
+    }
+    if (residual_P->scalar_type() != ScalarType::Float) {
+      refuse(op, ": residual_P must be float32, got ", dtype_name(residual_P->scalar_type()));
+    }
+  }
+  if (frozen_P) check_frozen("quantize: frozen_P", *frozen_P, "x_P", x_P);
+  const Tensor x = torch::stable::contiguous(x_P);
+  const Tensor residual = residual_P ? torch::stable::contiguous(*residual_P) : x;
+  const Live live = find_live(frozen_P, x, run_find_live);
+  Tensor code = torch::stable::new_empty(x, {code_bytes(format, live.L)}, ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(x, {num_scales(format, live.L)},
+                                          format.half_scale ? ScalarType::Half : ScalarType::Float);
+  const std::vector<int64_t> shape = residual_P ? sizes_of(x, x.dim()) : std::vector<int64_t>{0};
+  Tensor left = live.frozen() != nullptr ? torch::stable::new_zeros(x, shape, ScalarType::Float)
+                                         : torch::stable::new_empty(x, shape, ScalarType::Float);
+  std::vector<CodeBad> bad((live.L + kCodeUnit - 1) / kCodeUnit);
+  cpu::kernels().quantize(
+      {
+          .x = x.const_data_ptr(),
+          .residual = residual_P ? static_cast<const float*>(residual.const_data_ptr()) : nullptr,
+          .frozen = live.frozen(),
+          .start = live.starts(),
+          .code = static_cast<uint8_t*>(code.mutable_data_ptr()),
+          .scale = scale.mutable_data_ptr(),
+          .left = residual_P ? static_cast<float*>(left.mutable_data_ptr()) : nullptr,
+          .bad = bad.data(),
+          .P = x.numel(),
+          .L = live.L,
+          .inner = live.mask.inner,
+          .seed = seed,
+          .step = step,
+          .stochastic = rounding == "stochastic",
+          .format = format,
+          .dtype = dtype,
+      },
+      kTorchThreads);
+  check_finite(bad);
+  return {code, scale, left};
+}
+
+void run_dequantize(const Tensor& code, const Tensor& scale, const Live& live, const Tensor& out,
+                    const CodeFormat& format, bool add, double weight) {
+  cpu::kernels().dequantize({.code = static_cast<const uint8_t*>(code.const_data_ptr()),
+                             .scale = scale.const_data_ptr(),
+                             .frozen = live.frozen(),
+                             .start = live.starts(),
+                             .out = static_cast<float*>(out.mutable_data_ptr()),
+                             .P = out.numel(),
+                             .L = live.L,
+                             .inner = live.mask.inner,
+                             .weight = float(weight),
+                             .add = add,
+                             .format = format},
+                            kTorchThreads);
+}
+
+Tensor dequantize(Tensor code, Tensor scale, int64_t numel, std::optional<Tensor> frozen_P,
+                  std::string format_name) {
+  const char* op = "dequantize";
+  const CodeFormat format = code_format(op, format_name);
+  check_code(op, code, scale, format);
+  if (numel < 0) refuse(op, ": numel must not be negative, got ", numel);
+  std::optional<Tensor> frozen;
+  if (frozen_P) {
+    if (frozen_P->scalar_type() != ScalarType::Bool) {
+      refuse(op, ": frozen_P must be bool, got ", dtype_name(frozen_P->scalar_type()));
+    }
+    if (frozen_P->numel() != numel) {
+      refuse(op, ": frozen_P must have numel=", numel, " elements, got ", frozen_P->numel());
+    }
+    frozen = torch::stable::contiguous(*frozen_P);
+  }
+  const Tensor code_1 = torch::stable::contiguous(code);
+  const Tensor scale_1 = torch::stable::contiguous(scale);
+  // The mask has its own shape: what it masks is found before `out`, which a lie must not size.
+  const Live live = frozen ? find_live(frozen, *frozen, run_find_live) : Live{{}, {}, numel};
+  check_scales(op, code_1, scale_1, format, live.L);
+  Tensor out = frozen ? torch::stable::new_zeros(code_1, {numel}, ScalarType::Float)
+                      : torch::stable::new_empty(code_1, {numel}, ScalarType::Float);
+  run_dequantize(code_1, scale_1, live, out, format, false, 1);
+  return out;
+}
+
+void dequantize_add(Tensor acc_P, Tensor code, Tensor scale, std::optional<Tensor> frozen_P,
+                    std::string format_name, double weight) {
+  const char* op = "dequantize_add_";
+  const CodeFormat format = code_format(op, format_name);
+  check_code(op, code, scale, format);
+  if (acc_P.scalar_type() != ScalarType::Float) {
+    refuse(op, ": acc_P must be float32, got ", dtype_name(acc_P.scalar_type()));
+  }
+  if (!acc_P.is_contiguous()) {
+    std::vector<int64_t> strides;
+    for (int64_t d = 0; d < acc_P.dim(); ++d) strides.push_back(acc_P.stride(d));
+    refuse(op, ": acc_P must be contiguous, got strides ", shape_text(strides), " for shape ",
+           shape_of(acc_P));
+  }
+  if (frozen_P) check_frozen("dequantize_add_: frozen_P", *frozen_P, "acc_P", acc_P);
+  const Tensor code_1 = torch::stable::contiguous(code);
+  const Tensor scale_1 = torch::stable::contiguous(scale);
+  const Live live = find_live(frozen_P, acc_P, run_find_live);
+  check_scales(op, code_1, scale_1, format, live.L);
+  run_dequantize(code_1, scale_1, live, acc_P, format, true, weight);
+}
+
 // Levels this CPU can run, best first, separated by blanks.
 std::string cpu_levels() {
   std::string names;
@@ -131,6 +322,26 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "combine_backward(Tensor grad_TD, Tensor y_ND, Tensor weight_TK, Tensor row_TK) -> "
       "(Tensor, Tensor)");
+  m.def(
+      "masked_sgd_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum_buffer, "
+      "Tensor[] frozen, Tensor lr, Tensor? grad_scale, float momentum, float weight_decay, "
+      "bool nesterov, bool maximize) -> ()");
+  m.def(
+      "masked_adam_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, "
+      "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] max_exp_avg_sq, Tensor(e!)[] step, Tensor[] frozen, "
+      "Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled, bool amsgrad, bool maximize) -> ()");
+  m.def(
+      "masked_lion_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor[] frozen, "
+      "Tensor lr, Tensor? grad_scale, float beta1, float beta2, float weight_decay, "
+      "bool maximize) -> ()");
+  m.def(
+      "quantize(Tensor x_P, Tensor? residual_P, Tensor? frozen_P, str format, str rounding, "
+      "int seed, int step) -> (Tensor, Tensor, Tensor)");
+  m.def("dequantize(Tensor code, Tensor scale, int numel, Tensor? frozen_P, str format) -> Tensor");
+  m.def(
+      "dequantize_add_(Tensor(a!) acc_P, Tensor code, Tensor scale, Tensor? frozen_P, str format, "
+      "float weight) -> ()");
   m.def("entropy(Tensor logits_BMC) -> Tensor");
   m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
   m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
@@ -161,6 +372,12 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("dispatch", TORCH_BOX(&gose::dispatch));
   m.impl("route", TORCH_BOX(&gose::route));
   m.impl("route_backward", TORCH_BOX(&gose::route_backward));
+  m.impl("quantize", TORCH_BOX(&gose::quantize));
+  m.impl("dequantize", TORCH_BOX(&gose::dequantize));
+  m.impl("dequantize_add_", TORCH_BOX(&gose::dequantize_add));
+  m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
+  m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
+  m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CompositeExplicitAutograd, m) {

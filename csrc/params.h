@@ -114,4 +114,94 @@ struct RouteBackwardParams {
   RouteScratch scratch;
 };
 
+constexpr int64_t kUpdateChunk = 4096;  // elements that one thread updates at a time: 64 to 128 KB
+
+struct UpdateTensor {     // one entry of the lists; all tensors are contiguous
+  float* param;           // [numel]
+  const float* grad;      // [numel]
+  float* state[3];        // [numel] each
+  float* step;            // [num_steps]: per mask value with step_by_mask, else 1; may be nullptr
+  const uint8_t* frozen;  // [numel / inner], not 0 = must not change; nullptr = nothing is frozen
+  int64_t numel, inner;   // elements; elements per value of the mask
+  int64_t num_steps;
+  int64_t end_chunk;  // chunks of this tensor and of those before it
+  bool step_by_mask;
+};
+
+struct UpdateList {
+  const UpdateTensor* tensor;  // [count]
+  int64_t count, grain;        // grain: chunks that are worth a thread
+};
+
+struct MaskedSgdParams {  // the formulas are in gose_kernels/ops/masked_update.py
+  UpdateList list;
+  float lr, scale;  // scale: grad_scale or 1, negated for maximize
+  float momentum, weight_decay;
+  bool nesterov;
+};
+
+struct MaskedAdamParams {
+  UpdateList list;
+  double lr, beta1, beta2;
+  float scale, eps;
+  float weight_decay;  // into the gradient, 0 when decoupled
+  float keep;          // 1 - lr * weight_decay when decoupled, else 1
+  bool amsgrad;
+};
+
+struct MaskedLionParams {
+  UpdateList list;
+  float lr, scale, keep;
+  float beta1, beta2, rest1, rest2;  // rest = 1 - beta, rounded once
+};
+
+// Live elements that one thread codes at a time: whole blocks and whole bytes of every format.
+constexpr int64_t kCodeUnit = 4096;
+
+struct LiveParams {       // start[u] = elements before the live element kCodeUnit * u
+  const uint8_t* frozen;  // [P / inner], not 0 = not coded
+  int64_t P, inner;
+  int64_t* start;  // [ceil(P / kCodeUnit)], or nullptr: count only
+  int64_t* num_live;
+};
+
+struct CodeBad {    // the first value of a unit that is not finite
+  int64_t element;  // -1 = there is none
+  float value;
+};
+
+struct CodeFormat {
+  int32_t bits, block;
+  bool half_scale;  // float16, else float32
+  float max_scale;
+};
+
+struct QuantizeParams {   // the formulas are in gose_kernels/ops/quantize.py
+  const void* x;          // [P] dtype
+  const float* residual;  // [P] or nullptr
+  const uint8_t* frozen;  // [P / inner] or nullptr
+  const int64_t* start;   // [units], of LiveParams; nullptr without frozen
+  uint8_t* code;
+  void* scale;
+  float* left;   // [P], zeroed where frozen; nullptr without residual
+  CodeBad* bad;  // [units]
+  int64_t P, L, inner;
+  int64_t seed, step;
+  bool stochastic;
+  CodeFormat format;
+  DType dtype;
+};
+
+struct DequantizeParams {
+  const uint8_t* code;
+  const void* scale;
+  const uint8_t* frozen;  // [P / inner] or nullptr
+  const int64_t* start;   // [units]
+  float* out;             // [P], zeroed where frozen, or added to
+  int64_t P, L, inner;
+  float weight;
+  bool add;
+  CodeFormat format;
+};
+
 }  // namespace gose

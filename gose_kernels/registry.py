@@ -129,11 +129,13 @@ def native(
     op: str,
     *dtypes: torch.dtype,
     unless: Callable[..., str | None] | None = None,
+    writes: tuple[int, ...] = (),
 ) -> Backend:
     """The compiled kernel `torch.ops.gose_native.<op>` on one device.
 
     Takes every argument in schema order. `dtypes` limits the first floating-point tensor argument;
-    `unless(*args, **options)` refuses a call with a reason.
+    `unless(*args, **options)` refuses a call with a reason. `writes` are the positions of arguments
+    that change in place: autograd learns of it, as of torch's own in-place ops.
     """
 
     def why_not(*args: Any, **options: Any) -> str | None:
@@ -153,9 +155,12 @@ def native(
         if not found:
             found.append(getattr(torch.ops.gose_native, op).default)
         try:
-            return found[0](*args, *options.values())
+            out = found[0](*args, *options.values())
         except RuntimeError as error:
             native_library.reraise(error)
+        if writes:
+            torch.autograd.graph.increment_version(_tensors(args[i] for i in writes))
+        return out
 
     return Backend(device, run, why_not)
 

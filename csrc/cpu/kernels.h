@@ -24,7 +24,13 @@ struct Parallel {
   X(entropy_backward, EntropyBackwardParams) \
   X(dispatch, DispatchParams)                \
   X(route, RouteParams)                      \
-  X(route_backward, RouteBackwardParams)
+  X(route_backward, RouteBackwardParams)     \
+  X(masked_sgd, MaskedSgdParams)             \
+  X(masked_adam, MaskedAdamParams)           \
+  X(masked_lion, MaskedLionParams)           \
+  X(find_live, LiveParams)                   \
+  X(quantize, QuantizeParams)                \
+  X(dequantize, DequantizeParams)
 
 // One line per level that is compiled, worst first: X(level).
 #if defined(__x86_64__)

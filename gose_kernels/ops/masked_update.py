@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from gose_kernels.masks import check_frozen
-from gose_kernels.registry import Cost, reference, register
+from gose_kernels.registry import Cost, native, reference, register
 
 
 def _check_scalar(name: str, argument: str, value: Tensor | None) -> None:
@@ -381,10 +381,39 @@ def _lion_example(device: torch.device, dtype: torch.dtype) -> tuple[object, ...
     return *lists, frozen, lr
 
 
+def _unless_float64(param: Sequence[Tensor], *_args: object, **_options: object) -> str | None:
+    for n, p in enumerate(param):
+        if p.dtype == torch.float64:
+            return f"takes float32, got float64 in param[{n}]"
+    return None
+
+
+def _adam_unless(
+    param: Sequence[Tensor],
+    grad: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    max_exp_avg_sq: Sequence[Tensor],
+    step: Sequence[Tensor],
+    frozen: Sequence[Tensor],
+    *_args: object,
+    **_options: object,
+) -> str | None:
+    """Counts by columns: several elements far apart would share one count."""
+    for n, (p, count, mask) in enumerate(zip(param, step, frozen, strict=False)):
+        if count.dim() > 0 and count.shape == mask.shape != p.shape:
+            wide = (1,) * (p.dim() - mask.dim()) + tuple(mask.shape)
+            repeated = [own != size for own, size in zip(wide, p.shape, strict=False)]
+            if any(repeated) and max(wide[repeated.index(True) :]) > 1:
+                return f"takes counts per expert, row or element, got {tuple(wide)} in step[{n}]"
+    return _unless_float64(param)
+
+
 masked_sgd_ = register(
     "masked_sgd_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum_buffer, "
     "Tensor[] frozen, Tensor lr, Tensor? grad_scale=None, *, float momentum=0.0, "
     "float weight_decay=0.0, bool nesterov=False, bool maximize=False, str? backend=None) -> ()",
+    native("cpu", "masked_sgd_", unless=_unless_float64, writes=(0, 2)),
     reference(masked_sgd_reference_),
     fake=_sgd_fake,
     cost=_sgd_cost,
@@ -397,6 +426,7 @@ masked_adam_ = register(
     "Tensor lr, Tensor? grad_scale=None, *, float beta1=0.9, float beta2=0.999, float eps=1e-8, "
     "float weight_decay=0.0, bool decoupled=True, bool amsgrad=False, bool maximize=False, "
     "str? backend=None) -> ()",
+    native("cpu", "masked_adam_", unless=_adam_unless, writes=(0, 2, 3, 4, 5)),
     reference(masked_adam_reference_),
     fake=_adam_fake,
     cost=_adam_cost,
@@ -407,6 +437,7 @@ masked_lion_ = register(
     "masked_lion_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor[] frozen, "
     "Tensor lr, Tensor? grad_scale=None, *, float beta1=0.9, float beta2=0.99, "
     "float weight_decay=0.0, bool maximize=False, str? backend=None) -> ()",
+    native("cpu", "masked_lion_", unless=_unless_float64, writes=(0, 2)),
     reference(masked_lion_reference_),
     fake=_lion_fake,
     cost=_lion_cost,

@@ -48,7 +48,7 @@ from torch import Tensor, float16, float32
 
 from gose_kernels import philox
 from gose_kernels.masks import check_frozen
-from gose_kernels.registry import Cost, reference, register
+from gose_kernels.registry import Cost, native, reference, register
 
 
 class Format(NamedTuple):
@@ -402,6 +402,7 @@ quantize = register(
     "quantize(Tensor x_P, Tensor? residual_P=None, Tensor? frozen_P=None, *, "
     "str format='int8_b256_f32', str rounding='nearest', int seed=0, int step=0, "
     "str? backend=None) -> (Tensor, Tensor, Tensor)",
+    native("cpu", "quantize"),
     reference(quantize_reference),
     fake=_quantize_fake,
     cost=_quantize_cost,
@@ -411,6 +412,7 @@ quantize = register(
 dequantize = register(
     "dequantize(Tensor code, Tensor scale, int numel, Tensor? frozen_P=None, *, "
     "str format='int8_b256_f32', str? backend=None) -> Tensor",
+    native("cpu", "dequantize"),
     reference(dequantize_reference),
     fake=_dequantize_fake,
     cost=_dequantize_cost,
@@ -420,6 +422,7 @@ dequantize = register(
 dequantize_add_ = register(
     "dequantize_add_(Tensor(a!) acc_P, Tensor code, Tensor scale, Tensor? frozen_P=None, *, "
     "str format='int8_b256_f32', float weight=1.0, str? backend=None) -> ()",
+    native("cpu", "dequantize_add_", writes=(0,)),
     reference(dequantize_add_reference_),
     fake=_dequantize_add_fake,
     cost=_dequantize_add_cost,

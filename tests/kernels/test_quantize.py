@@ -336,6 +336,53 @@ def test_the_same_bits_for_any_number_of_threads(backend):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+MASK_SHAPES = [None, (30, 7, 101), (30, 1, 1), (30, 7, 1), (7, 1), (101,), (1, 7, 101), ()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask_shape", MASK_SHAPES, ids=str)
+@pytest.mark.parametrize(("name", "rounding"), OPTIONS)
+def test_large_tensors_equal_the_reference_for_any_threads_and_mask(
+    name, rounding, mask_shape, backend
+):
+    """Bytes of code, scale, residual and both decoders, over several units of work."""
+    random = torch.Generator().manual_seed(6)
+    x = torch.randn(30, 7, 101, generator=random)
+    x *= 10.0 ** torch.randint(-44, 30, (30, 1, 1), generator=random)  # subnormal to saturating
+    x[0, 0, :5] = torch.tensor([-0.0, 0.0, -1e-45, 1e-45, -0.0])
+    residual = torch.randn(30, 7, 101, generator=random) * 1e-3
+    residual[0, 0, :5] = -0.0
+    x[5:7] = 0
+    residual[5:7] = -0.0  # blocks of scale 0
+    frozen = None if mask_shape is None else torch.rand(mask_shape, generator=random) < 0.4
+    acc = torch.randn(30, 7, 101, generator=random)
+    flat = None if frozen is None else frozen.expand(x.shape).contiguous()
+    options = {"format": name, "rounding": rounding, "seed": 11, "step": 2}
+    before = torch.get_num_threads()
+
+    def outputs(backend: str) -> list[Tensor]:
+        small: list[Tensor] = []
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = x.clamp(-6e4, 6e4).to(dtype)
+            small += gk.quantize(narrow, None, frozen, **options, backend=backend)
+        plain = gk.quantize(x, None, frozen, **options, backend=backend)
+        code, scale, left = gk.quantize(x, residual, frozen, **options, backend=backend)
+        total = acc.clone()
+        gk.dequantize_add_(total, code, scale, frozen, format=name, weight=0.3, backend=backend)
+        out = gk.dequantize(code, scale, x.numel(), flat, format=name, backend=backend)
+        floats = [t.view(torch.int32) for t in (left, total, out)]  # bits: -0 is not 0
+        return [*small, *plain, code, scale, *floats]
+
+    try:
+        expected = outputs("torch")
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            got = outputs(backend)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_wire_sizes_of_a_million_elements():
     sizes = {
         name: form.code_bytes(10**6) + form.num_scales(10**6) * form.scale_dtype.itemsize
