@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import gose.compress
 import gose_kernels as gk
@@ -27,23 +28,43 @@ def ops_table() -> str:
     return "\n".join(lines)
 
 
+def _result(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((_RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _source(result: dict[str, Any]) -> str:
+    """Where a table's numbers come from."""
+    machine = result["machine"]
+    return (
+        f"{machine['threads']} threads of {machine['cpu']} ({machine['cpu_level']}), torch "
+        f"{machine['torch']}, commit {result['commit']}: `{result['command']}`."
+    )
+
+
 def claims_table() -> str:
     """What the quickstart promises, beside what came out."""
-    result = json.loads((_RESULTS / "quickstart.json").read_text(encoding="utf-8"))
-    machine = result["machine"]
+    result = _result("quickstart")
     lines = ["| promise | wanted | mean | per seed |", "|---|---|---|---|"]
     for row in result["claims"]:
         values = ", ".join(f"{value:.3f}" for value in row["values"])
         mark = "" if row["holds"] else " (**missed**)"
         lines.append(f"| {row['name']} | {row['wanted']} | {row['value']:.3f}{mark} | {values} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{result['wall_seconds']:.0f} s on {machine['threads']} threads of {machine['cpu']} "
-            f"({machine['cpu_level']}), torch {machine['torch']}; `{result['command']}`.",
-        ]
-    )
+    seconds = f"{result['wall_seconds']:.0f} s in all, 3 seeds and their control arms."
+    return "\n".join([*lines, "", f"{seconds} {_source(result)}"])
+
+
+def system_table() -> str:
+    """Seconds of the quickstart's phases, native and on the references."""
+    result = _result("system")
+    lines = ["| phase | s | in our kernels | s on torch | ratio |", "|---|---|---|---|---|"]
+    for phase, row in result["phases"].items():
+        share = row["kernel_seconds"] / row["seconds"]
+        lines.append(
+            f"| {phase} | {row['seconds']:.2f} | {share:.0%} | {row['torch_seconds']:.2f} "
+            f"| {row['torch_seconds'] / row['seconds']:.2f} |"
+        )
+    return "\n".join([*lines, "", _source(result)])
 
 
 def packet_format() -> str:
@@ -53,7 +74,12 @@ def packet_format() -> str:
     return "```\n" + text.partition("\n\n")[2].strip() + "\n```"
 
 
-BLOCKS = {"ops": ops_table, "claims": claims_table, "packet": packet_format}
+BLOCKS = {
+    "ops": ops_table,
+    "claims": claims_table,
+    "system": system_table,
+    "packet": packet_format,
+}
 
 
 def filled(text: str) -> str:
