@@ -1,4 +1,5 @@
-# `make run`   environment, package, main job on real data, report
+# `make run`   environment, package, main job on real data, report; goes on with a run that was
+#              stopped, shows one that is finished (RUN=DIR names another)
 # `make test`  environment, lint, types, build checks, all tests (long matrices sampled)
 # `make test-all`  the same with every matrix whole
 
@@ -20,7 +21,8 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 .PHONY: run test test-all lint clean
 
 run: $(VENV)/.run
-	$(BIN)/gose run quickstart --out $(RUN)
+	if [ -e $(RUN)/environment.json ]; then $(BIN)/gose run --resume $(RUN); \
+	else $(BIN)/gose run quickstart --out $(RUN); fi
 
 test: $(VENV)/.test lint
 	$(call tests,)
