@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("repeatable")
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def _sampling(config: pytest.Config) -> str:
     if config.getoption("--whole"):
         return "matrices: whole"
     return f"matrices: sampled, --matrix-seed={config.getoption('--matrix-seed')}"
@@ -88,7 +88,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _unlisted.append(f"{report.nodeid} | {reason}")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    # At the end: -q prints no header.
+    terminalreporter.line(_sampling(config))
     if _unlisted:
         terminalreporter.section("skips that tests/expected_skips.txt does not list")
         for line in _unlisted:

@@ -168,6 +168,7 @@ def test_damaged_packets_are_refused_before_decoding(packet, message):
     assert not counts.table, "nothing may be decoded"
 
 
+@pytest.mark.matrix(keep=60)
 @pytest.mark.parametrize("at", range(0, len(_SENT), 7))
 def test_no_flipped_bit_goes_unseen(at):
     """In header, metadata or data: the packet is refused, or decodes to the same numbers."""

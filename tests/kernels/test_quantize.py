@@ -82,6 +82,7 @@ def pack_oracle(codes: list[int], form: Format) -> bytes:
     return bytes(low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2], strict=True))
 
 
+@pytest.mark.matrix(keep=150)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("name", "rounding"), OPTIONS)
 @pytest.mark.parametrize("case", cases.quantize, ids=str)

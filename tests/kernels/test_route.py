@@ -241,6 +241,7 @@ def runs_on(backend: str, args: tuple[Any, ...], options: dict[str, Any]) -> boo
     return reason is None
 
 
+@pytest.mark.matrix(keep=200)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.route, ids=str)
 @pytest.mark.parametrize("backend", backends_of("route"))
@@ -295,6 +296,7 @@ def gradients(args: tuple[Any, ...], out: tuple[Tensor, ...], dtype: torch.dtype
     return [torch.randn(s, generator=random, dtype=torch.float64).to(dtype) for s in shapes]
 
 
+@pytest.mark.matrix(keep=200)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.route, ids=str)
 @pytest.mark.parametrize("backend", backends_of("route_backward"))
