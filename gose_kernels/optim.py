@@ -9,6 +9,7 @@ gradient norms. With nothing frozen the trajectories are those of torch.optim up
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -163,10 +164,11 @@ class _MaskedOptimizer(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    @abstractmethod
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state tensors shaped like a parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _update(
         self,
         group: dict[str, Any],
@@ -176,7 +178,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         lr: Tensor,
         grad_scale: Tensor | None,
     ) -> None:
-        raise NotImplementedError
+        """One step of these parameters by the optimizer's op."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
