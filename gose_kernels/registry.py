@@ -126,16 +126,17 @@ def reference(run: Callable[..., Any]) -> Backend:
 
 def native(
     device: Literal["cpu", "cuda"],
-    op: str,
+    op: str | Callable[..., Any],
     *dtypes: torch.dtype,
     unless: Callable[..., str | None] | None = None,
     writes: tuple[int, ...] = (),
 ) -> Backend:
-    """The compiled kernel `torch.ops.gose_native.<op>` on one device.
+    """The compiled kernel `torch.ops.gose_native.<op>` on one device, or a function that calls it.
 
-    Takes every argument in schema order. `dtypes` limits the first floating-point tensor argument;
-    `unless(*args, **options)` refuses a call with a reason. `writes` are the positions of arguments
-    that change in place: autograd learns of it, as of torch's own in-place ops.
+    The kernel takes every argument in schema order, a function takes them as the reference does.
+    `dtypes` limits the first floating-point tensor argument; `unless(*args, **options)` refuses a
+    call with a reason. `writes` are the positions of arguments that change in place: autograd
+    learns of it, as of torch's own in-place ops.
     """
 
     def why_not(*args: Any, **options: Any) -> str | None:
@@ -152,9 +153,11 @@ def native(
     found: list[Any] = []
 
     def run(*args: Any, **options: Any) -> Any:
-        if not found:
-            found.append(getattr(torch.ops.gose_native, op).default)
         try:
+            if not isinstance(op, str):
+                return op(*args, **options)
+            if not found:
+                found.append(getattr(torch.ops.gose_native, op).default)
             out = found[0](*args, *options.values())
         except RuntimeError as error:
             native_library.reraise(error)
