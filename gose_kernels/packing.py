@@ -66,11 +66,8 @@ def _kept(
     weights: tuple[Tensor, ...], layout: tuple[object, ...], pack: Callable[[], Tensor]
 ) -> Tensor:
     """The copy that is kept for these weights in this layout, else the one that `pack` makes."""
-    memory = (
-        (w.data_ptr(), w.untyped_storage()._cdata, w.dtype, *w.shape, *w.stride()) for w in weights
-    )
-    key = (layout, *memory)
-    versions = tuple(_version(w) for w in weights)
+    key = (layout, *[(w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights])
+    versions = tuple([_version(w) for w in weights])
     found = _copies.get(key)
     if found is not None and found.versions == versions and not found.stale():
         return found.packed_EB
@@ -169,16 +166,16 @@ def unpack_experts(
 
 def packed_experts(
     w_up_EHD: Tensor, w_down_EDF: Tensor, *, gated: bool, interleaved: bool, transposed: bool
-) -> Tensor:
-    """packed_EB of `pack_experts`, kept while both weights stand."""
-    layout = (gated, interleaved, transposed)
-    return _kept(
-        (w_up_EHD, w_down_EDF),
-        layout,
-        lambda: pack_experts(
+) -> tuple[Tensor, int]:
+    """packed_EB of `pack_experts`, kept while both weights stand, and F."""
+
+    def pack() -> Tensor:
+        return pack_experts(
             w_up_EHD, w_down_EDF, gated=gated, interleaved=interleaved, transposed=transposed
-        ),
-    )
+        )
+
+    packed_EB = _kept((w_up_EHD, w_down_EDF), (gated, interleaved, transposed), pack)
+    return packed_EB, w_down_EDF.shape[1 if transposed else 2]
 
 
 def packed_matrix(w_EFD: Tensor, *, transposed: bool) -> Tensor:

@@ -24,30 +24,41 @@ inline vf erfc(vf t) {
   return exp(-t * q);
 }
 
-inline vf phi(Phi which, vf g, float alpha) {
-  switch (which) {
-    case Phi::kSilu: return g * sigmoid(alpha * g);
-    case Phi::kGelu: {
-      const vf tail = 0.5f * erfc(select(g < 0.f, -g, g) * 0.70710678118654752f);
-      return g * select(g < 0.f, tail, 1.f - tail);
-    }
-    case Phi::kGeluTanh:  // (1 + tanh(u)) / 2 = sigmoid(2 u)
-      return g * sigmoid(1.5957691216057308f * (g + 0.044715f * g * g * g));
-    case Phi::kRelu:
-    case Phi::kRelu2: break;
+template <Phi PHI>
+inline vf phi(vf g, float alpha) {
+  if constexpr (PHI == Phi::kSilu) {
+    return g * sigmoid(alpha * g);
+  } else if constexpr (PHI == Phi::kGelu) {
+    const vf tail = 0.5f * erfc(select(g < 0.f, -g, g) * 0.70710678118654752f);
+    return g * select(g < 0.f, tail, 1.f - tail);
+  } else if constexpr (PHI == Phi::kGeluTanh) {  // (1 + tanh(u)) / 2 = sigmoid(2 u)
+    return g * sigmoid(1.5957691216057308f * (g + 0.044715f * g * g * g));
+  } else {
+    const vf positive = select(g <= 0.f, splat(0.f), g);  // NaN stays
+    return PHI == Phi::kRelu ? positive : positive * positive;
   }
-  const vf positive = select(g <= 0.f, splat(0.f), g);  // NaN stays
-  return which == Phi::kRelu ? positive : positive * positive;
 }
 
-// act of one vector of gates, or of pre-activations where there is no gate (then without `up`).
-inline vf activate(const ExpertMlpParams& p, vf gate, vf up) {
-  if (!p.gated) return phi(p.phi, gate, p.alpha);
-  // Comparisons that are false for NaN keep it.
-  const vf g = select(gate > p.limit, splat(p.limit), gate);
-  const vf below = select(up > p.limit, splat(p.limit), up);
-  const vf u = select(below < -p.limit, splat(-p.limit), below);
-  return phi(p.phi, g, p.alpha) * (u + p.shift);
+// x in [-limit, limit]; NaN stays.
+inline vf clamp(vf x, float limit) {
+  const vf below = select(x > limit, splat(limit), x);
+  return select(below < -limit, splat(-limit), below);
+}
+
+// body(Phi) with the activation as a constant.
+template <Phi PHI>
+struct Constant {
+  static constexpr Phi value = PHI;
+};
+template <class Body>
+inline void with_phi(Phi phi, const Body& body) {
+  switch (phi) {
+    case Phi::kSilu: return body(Constant<Phi::kSilu>{});
+    case Phi::kGelu: return body(Constant<Phi::kGelu>{});
+    case Phi::kGeluTanh: return body(Constant<Phi::kGeluTanh>{});
+    case Phi::kRelu: return body(Constant<Phi::kRelu>{});
+    case Phi::kRelu2: return body(Constant<Phi::kRelu2>{});
+  }
 }
 
 }  // namespace

@@ -65,6 +65,25 @@ struct Rows {
   int64_t stride;  // bytes
 };
 
+struct Ahead {
+  const char* first;
+  int64_t lines;
+};
+
+// What call i of a panel fetches while it multiplies. A panel that is used once slides a window
+// ahead of itself; the next one after a panel that is used often is fetched in equal shares.
+// Measured with vdpbf16ps, two threads, panels from memory: 12 rows 26 GB/s without, 63 with 16 KB
+// ahead; 24 rows 490 GFLOP/s without, 844 with the next panel. Up to 4 rows the CPU's own
+// prefetchers keep up (62 to 69 GB/s).
+inline Ahead ahead_of(const Gemm& g, const char* panel, int64_t rows, int64_t i, int64_t pieces,
+                      bool more) {
+  const int64_t lines = g.panel_bytes / 64;
+  if (pieces == 1) return {panel + 16384, rows <= 4 ? 0 : lines};
+  if (!more) return {nullptr, 0};
+  const int64_t begin = lines * i / pieces;
+  return {panel + g.panel_bytes + 64 * begin, lines * (i + 1) / pieces - begin};
+}
+
 // rows_of(block, thread) -> Rows; done(block, first, count, panel, sums) takes count x 32 sums of
 // rows [first, first + count) of the block.
 template <class RowsOf, class Done>
@@ -92,8 +111,9 @@ inline void multiply(const Gemm& g, const Parallel& threads, const RowsOf& rows_
         const char* at = weights + panel * g.panel_bytes;
         for (int64_t i = 0; i < pieces; ++i) {
           const int64_t from = block.rows * i / pieces, to = block.rows * (i + 1) / pieces;
+          const Ahead ahead = ahead_of(g, at, block.rows, i, pieces, panel + 1 < end);
           g.micro->run(rows.data + from * rows.stride, rows.stride, int32_t(to - from), at, g.K,
-                       sums, nullptr, 0);
+                       sums, ahead.first, ahead.lines);
           done(block, from, to - from, panel, sums);
         }
       }

@@ -47,48 +47,84 @@ inline int64_t up_column(const ExpertMlpParams& p, int64_t f) {
   return p.interleaved ? 2 * f + 1 : p.F + f;
 }
 
-// Bias, pre and activation of `units` hidden units from f on.
+void add_bias(const ExpertMlpParams& p, int64_t e, int64_t f0, int64_t units, int64_t real,
+              int64_t count, float* sums) {
+  float bias[kPanel] = {};
+  for (int64_t u = 0; u < real; ++u) {
+    bias[u] = bias_at(p.bias_up, p.dtype, e, gate_column(p, f0 + u));
+    if (p.gated) bias[units + u] = bias_at(p.bias_up, p.dtype, e, up_column(p, f0 + u));
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    float* sum = sums + r * kPanel;
+    for (int64_t c = 0; c < kPanel; c += kLanes) store(sum + c, load(sum + c) + load(bias + c));
+  }
+}
+
+template <class Float>
+void keep_pre(const ExpertMlpParams& p, int64_t n, int64_t f0, int64_t units, int64_t real,
+              int64_t count, const float* sums) {
+  for (int64_t r = 0; r < count; ++r) {
+    const float* sum = sums + r * kPanel;
+    Float* pre = static_cast<Float*>(p.pre) + (n + r) * (p.gated ? 2 * p.F : p.F);
+    if (p.gated && p.interleaved) {
+      for (int64_t u = 0; u < real; ++u) {
+        from_float(sum[u], pre + 2 * (f0 + u));
+        from_float(sum[units + u], pre + 2 * (f0 + u) + 1);
+      }
+      continue;
+    }
+    for (int64_t u = 0; u < real; u += kLanes) {
+      store_row(pre + f0, real, u, load(sum + u));
+      if (p.gated) store_row(pre + p.F + f0, real, u, load(sum + units + u));
+    }
+  }
+}
+
+// The activation of `count` rows of sums, into rows of `stride` bytes from `hidden` on.
+template <Phi PHI, bool GATED, class Hidden>
+void activate(const ExpertMlpParams& p, const float* sums, int64_t count, char* hidden,
+              int64_t stride) {
+  constexpr int64_t kUnits = GATED ? kPanel / 2 : kPanel;
+  for (int64_t r = 0; r < count; ++r) {
+    const float* sum = sums + r * kPanel;
+    Hidden* to = reinterpret_cast<Hidden*>(hidden + r * stride);
+#pragma GCC unroll 8
+    for (int64_t u = 0; u < kUnits; u += kLanes) {
+      vf gate = load(sum + u);
+      if constexpr (GATED) {
+        gate = select(gate > p.limit, splat(p.limit), gate);
+        const vf factor = clamp(load(sum + kUnits + u), p.limit) + p.shift;
+        store(to + u, phi<PHI>(gate, p.alpha) * factor);
+      } else {
+        store(to + u, phi<PHI>(gate, p.alpha));
+      }
+    }
+  }
+}
+
+// Bias, pre and activation of one tile of the up GEMM.
 template <class Float>
 void finish_up(const ExpertMlpParams& p, const Layout& at, const Block& block, int64_t first,
                int64_t count, int64_t panel, float* sums) {
   const int64_t units = p.gated ? kPanel / 2 : kPanel, f0 = panel * units;
-  const int64_t real = least(units, p.F - f0);
-  float bias[kPanel] = {};
-  if (p.bias_up.data != nullptr) {
-    for (int64_t u = 0; u < real; ++u) {
-      bias[u] = bias_at(p.bias_up, p.dtype, block.expert, gate_column(p, f0 + u));
-      if (p.gated) {
-        bias[units + u] = bias_at(p.bias_up, p.dtype, block.expert, up_column(p, f0 + u));
-      }
+  const int64_t real = least(units, p.F - f0), n = block.first + first;
+  if (p.bias_up.data != nullptr) add_bias(p, block.expert, f0, units, real, count, sums);
+  if (p.pre != nullptr) keep_pre<Float>(p, n, f0, units, real, count, sums);
+  const int64_t size = at.micro->bf16_rows ? 2 : 4;
+  char* hidden = p.scratch + at.hidden + n * at.stride_hidden + f0 * size;
+  with_phi(p.phi, [&](auto phi) {
+    if (p.gated) {
+      if (size == 2)
+        return activate<phi.value, true, bf16>(p, sums, count, hidden, at.stride_hidden);
+      return activate<phi.value, true, float>(p, sums, count, hidden, at.stride_hidden);
     }
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    float* sum = sums + r * kPanel;
-    const int64_t n = block.first + first + r;
-    if (p.bias_up.data != nullptr) {
-      for (int64_t c = 0; c < kPanel; c += kLanes) store(sum + c, load(sum + c) + load(bias + c));
-    }
-    if (p.pre != nullptr) {
-      Float* pre = static_cast<Float*>(p.pre) + n * (p.gated ? 2 * p.F : p.F);
-      for (int64_t u = 0; u < real; ++u) {
-        from_float(sum[u], pre + gate_column(p, f0 + u));
-        if (p.gated) from_float(sum[units + u], pre + up_column(p, f0 + u));
-      }
-    }
-    for (int64_t u = 0; u < units; u += kLanes) {
-      const vf gate = load(sum + u), up = p.gated ? load(sum + units + u) : vf{};
-      store(sum + u, activate(p, gate, up));
-    }
-    // The padding multiplies weights of 0: it must not hold what NaN or infinity made of it.
-    for (int64_t u = real; u < units; ++u) sum[u] = 0.f;
-    char* hidden = p.scratch + at.hidden + n * at.stride_hidden;
-    if (at.micro->bf16_rows) {
-      for (int64_t u = 0; u < units; u += kLanes) {
-        store(reinterpret_cast<bf16*>(hidden) + f0 + u, load(sum + u));
-      }
-    } else {
-      std::memcpy(reinterpret_cast<float*>(hidden) + f0, sum, units * sizeof(float));
-    }
+    if (size == 2)
+      return activate<phi.value, false, bf16>(p, sums, count, hidden, at.stride_hidden);
+    return activate<phi.value, false, float>(p, sums, count, hidden, at.stride_hidden);
+  });
+  // The padding multiplies weights of 0: it must not hold what NaN or infinity made of it.
+  for (int64_t r = 0; real < units && r < count; ++r) {
+    std::memset(hidden + r * at.stride_hidden + real * size, 0, (units - real) * size);
   }
 }
 

@@ -10,8 +10,9 @@
 namespace gose::cpu::avx512_bf16 {
 namespace {
 
-constexpr int kRows = 12;  // 12 x 2 accumulators of 32 registers
-constexpr int kGroup = 8;  // pairs of K between prefetches
+constexpr int kRows = 12;   // 12 x 2 accumulators of 32 registers
+constexpr int kGroup = 16;  // pairs of K between prefetches: one cache line of every row
+constexpr int kAhead = 4;   // cache lines of a row
 
 inline __m512bh load(const uint16_t* p) {
   __m512bh x;
@@ -39,6 +40,11 @@ inline void tile(const uint16_t* a, int64_t stride, int32_t rows, const uint16_t
   for (int64_t p0 = 0; p0 < pairs; p0 += kGroup) {
     for (int64_t i = 0; i < per_group && fetched < lines; ++i, ++fetched) {
       _mm_prefetch(ahead + 64 * fetched, _MM_HINT_T1);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      _mm_prefetch(reinterpret_cast<const char*>(a + r * stride + 2 * (p0 + kAhead * kGroup)),
+                   _MM_HINT_T0);
     }
     for (int64_t p = p0; p < p0 + kGroup; ++p) {
       const __m512bh left = load(b + p * 2 * kPanel), right = load(b + p * 2 * kPanel + kPanel);

@@ -516,38 +516,36 @@ _OPTIONS = (
 _ARGUMENTS = f"{_TENSORS.format(none='=None')}, *, {_OPTIONS}, str? backend=None"
 
 
-def _packed(call: MlpCall) -> Tensor:
-    return packed_experts(
-        call.w_up_EHD,
-        call.w_down_EDF,
-        gated=call.act.gated,
-        interleaved=call.interleaved,
-        transposed=call.transposed,
-    )
-
-
-def _cpu_forward(
-    call: MlpCall, packed_EB: Tensor, hidden: int, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """out_TD and, if kept, pre_NH."""
-    out_TD, pre_NH = torch.ops.gose_native.expert_mlp(
-        *(call.x_TD, call.weight_TK, call.expert_TK, packed_EB, hidden),
-        *(call.bias_up_EH, call.bias_down_ED),
-        *(call.activation, call.interleaved, call.limit, call.alpha, keep),
-    )
+def _native(call: MlpCall, keep: bool) -> tuple[Tensor, Tensor]:
+    """out_TD and, if kept, pre_NH. The kernel checks what it reads; what it cannot see, and a call
+    that it refuses, is checked here in the op's own words."""
+    masked = call.frozen_E is not None or call.frozen_EF is not None
+    if masked or call.w_up_EHD.dtype != call.x_TD.dtype:
+        check(call)
+    try:
+        packed_EB, hidden = packed_experts(
+            *(call.w_up_EHD, call.w_down_EDF),
+            gated=call.act.gated,
+            interleaved=call.interleaved,
+            transposed=call.transposed,
+        )
+        out_TD, pre_NH = torch.ops.gose_native.expert_mlp(
+            *(call.x_TD, call.weight_TK, call.expert_TK, packed_EB, hidden),
+            *(call.bias_up_EH, call.bias_down_ED),
+            *(call.activation, call.interleaved, call.limit, call.alpha, keep),
+        )
+    except (KeyError, ValueError, RuntimeError):
+        check(call)
+        raise
     return out_TD, pre_NH
 
 
 def _cpu(*args: Any, **options: Any) -> Tensor:
-    call = MlpCall(*args, **options)
-    _, _, hidden, _ = check(call)
-    return _cpu_forward(call, _packed(call), hidden, keep=False)[0]
+    return _native(MlpCall(*args, **options), keep=False)[0]
 
 
 def _cpu_train(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    call = MlpCall(*args, **options)
-    _, _, hidden, _ = check(call)
-    return _cpu_forward(call, _packed(call), hidden, keep=True)
+    return _native(MlpCall(*args, **options), keep=True)
 
 
 def expert_mlp_packed_reference(*args: Any, **options: Any) -> Tensor:
