@@ -175,8 +175,9 @@ inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
       .priority = o.priority,
       .dtype = float_dtype("route", "score_TE", s.score),
   };
-  s.scratch = {floats,        reinterpret_cast<int32_t*>(doubles + blocks * 3), doubles,
-               floats + rows, s.log_p.get(), s.order.get()};
+  s.scratch = {floats,        reinterpret_cast<int32_t*>(doubles + blocks * 3),
+               doubles,       floats + rows,
+               s.log_p.get(), s.order.get()};
   return s;
 }
 

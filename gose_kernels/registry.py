@@ -399,13 +399,14 @@ class Op:
                 tail = bound[len(args) :]
                 if b.given is not None:
                     return _Direct(b.given, tail, {})
-                run, defaults = b.run, self._options
-                return _Direct(
-                    lambda args, given: run(*args, *tail, **{**defaults, **given}),
-                    tail,
-                    {**defaults, "backend": None},
-                )
+                run = self._with_defaults(b.run, tail)
+                return _Direct(run, tail, {**self._options, "backend": None})
         return None
+
+    def _with_defaults(
+        self, run: Callable[..., Any], tail: tuple[Any, ...]
+    ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+        return lambda args, options: run(*args, *tail, **{**self._options, **options})
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():

@@ -56,7 +56,6 @@ input. T = 0 gives zeros.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +67,8 @@ POLICIES = ("softmax", "sigmoid", "group_limited", "expert_choice", "egs")
 GATES = ("softmax", "sigmoid")
 ORDERS = ("token", "priority")  # of capacity
 ADAPTIVE = (None, "mass", "bands")
+_INTS = ("num_groups", "top_groups", "capacity")
+_NUMBERS = ("entropy_floor", "tau", "mass", "noise_std")
 LOSSES = ("balance", "importance", "noisy_load", "z", "entropy")  # the order of loss_L
 
 
@@ -182,13 +183,17 @@ def _check_options(call: RouteCall) -> None:
 def _pack(**options: Any) -> Tensor:
     """The options as numbers in the order of csrc/bind_route.h, checked."""
     call = RouteCall(torch.empty(0), 0, **options)
+    for option in (*_INTS, *_NUMBERS):
+        value = getattr(call, option)
+        types, wanted = ((int,), "an int") if option in _INTS else ((int, float), "a number")
+        _want(value is None or isinstance(value, types), option, wanted, repr(value))
     _check_options(call)
     numbers = [
         *(POLICIES.index(call.policy), bool(call.softmax_before), bool(call.renormalize)),
-        *(GATES.index(call.gate), index(call.num_groups), index(call.top_groups)),
-        *(float(call.entropy_floor), float(call.tau or 0), index(call.capacity or 0)),
+        *(GATES.index(call.gate), call.num_groups, call.top_groups),
+        *(call.entropy_floor, call.tau or 0, call.capacity or 0),
         *(ORDERS.index(call.capacity_order), ADAPTIVE.index(call.adaptive)),
-        *(float(call.mass), float(call.noise_std), *map(float, call.bands)),
+        *(call.mass, call.noise_std, *call.bands),
     ]
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
