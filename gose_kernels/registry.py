@@ -15,7 +15,7 @@ from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
     _any_requires_grad,
     _is_any_autocast_enabled,
@@ -24,6 +24,8 @@ from torch._C import (
 )
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from gose_kernels import native as native_library
 
@@ -61,7 +63,7 @@ class Observer(Protocol):
 
 
 # Tensors that hold nothing but data.
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, Parameter)
 
 # Every op has a row for each of these; where one is not written, that is the reason given.
 BACKENDS = ("cuda", "triton", "cpu", "torch")
@@ -232,7 +234,7 @@ def _needs_dispatcher(args: Sequence[object], casts: bool) -> bool:
         return True
     if maybe_current_level() is not None:
         return True
-    grad = torch.is_grad_enabled()
+    grad = is_grad_enabled()
     for t in _tensors(args):
         if (grad and t.requires_grad) or t.is_meta or type(t) not in _PLAIN:
             return True
@@ -375,7 +377,7 @@ class Op:
         signature: list[Any] = [*options]
         for a in args:
             kind = type(a)
-            if kind is Tensor or kind is torch.nn.Parameter:
+            if kind is Tensor or kind is Parameter:
                 signature += (a.dtype, a.device)
             else:
                 signature.append(kind)
@@ -409,7 +411,7 @@ class Op:
         return lambda args, options: run(*args, *tail, **{**self._options, **options})
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self.overload(*args, **options)
         if not (
             observers
@@ -419,7 +421,7 @@ class Op:
             or forward_ad._current_level >= 0
             or _is_any_autocast_enabled()
         ) and (direct := self._find_direct(args, options)):
-            if not (torch.is_grad_enabled() and _any_requires_grad(*args)):
+            if not (is_grad_enabled() and _any_requires_grad(*args)):
                 return direct.run(args, options)
             if self._apply is not None:
                 return self._apply(*args, direct, options)
