@@ -122,7 +122,7 @@ inline const float* floats_of(const std::optional<Tensor>& t) {
 }
 
 // Scratch of a few tokens stays with the calling thread: its malloc and free cost 0.3 us.
-inline std::byte* scratch_bytes(int64_t count, std::unique_ptr<std::byte[]>& large) {
+inline std::byte* small_scratch(int64_t count, std::unique_ptr<std::byte[]>& large) {
   constexpr int64_t kKept = 1 << 15;
   thread_local const std::unique_ptr<std::byte[]> kept(new std::byte[kKept]);
   if (count <= kKept) return kept.get();
@@ -143,7 +143,7 @@ inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
   s.noise = float_rows(given.noise_TE);
   // One allocation: doubles, counts, then rows. Doubles and counts start as zeros.
   const int64_t zeros = blocks * (3 * sizeof(double) + kRouteCounts * padded * sizeof(int32_t));
-  std::byte* const bytes = scratch_bytes(zeros + (rows + 2 * padded) * sizeof(float), s.large);
+  std::byte* const bytes = small_scratch(zeros + (rows + 2 * padded) * sizeof(float), s.large);
   std::memset(bytes, 0, zeros);
   double* const doubles = reinterpret_cast<double*>(bytes);
   float* const floats = reinterpret_cast<float*>(bytes + zeros);
