@@ -68,43 +68,31 @@ std::tuple<Tensor, Tensor, Tensor> dispatch(Tensor expert_TK, int64_t num_expert
   return {call.row, call.token, call.offset};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(
-    Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
-    std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE,
-    std::string policy, bool softmax_before, bool renormalize, std::string gate, int64_t num_groups,
-    int64_t top_groups, double entropy_floor, std::optional<double> tau,
-    std::optional<int64_t> capacity, std::string capacity_order,
-    std::optional<std::string> adaptive, double mass, std::vector<double> bands, double noise_std) {
-  const RouteOptions options = {policy,     softmax_before, renormalize, gate,     num_groups,
-                                top_groups, entropy_floor,  tau,         capacity, capacity_order,
-                                adaptive,   mass,           bands,       noise_std};
+std::tuple<HandedOver, HandedOver, HandedOver, HandedOver, HandedOver, HandedOver> route(
+    Tensor options, Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
+    std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE) {
   const RouteTensors given = {entropy_TE, entropy_E, bias_E, noise_TE};
-  const RouteCall call = prepare_route(score_TE, top_k, given, options);
+  RouteCall call = prepare_route(score_TE, top_k, given, RouteOptions(options));
   cpu::kernels().route(call.params, kTorchThreads);
-  return {call.weight, call.expert, call.entropy, call.load, call.importance, call.loss};
+  return {call.weight.hand_over(), call.expert.hand_over(),     call.entropy.hand_over(),
+          call.load.hand_over(),   call.importance.hand_over(), call.loss.hand_over()};
 }
 
-Tensor route_backward(Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
-                      std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E,
-                      std::optional<Tensor> noise_TE, Tensor expert_TK, Tensor load_E,
-                      Tensor importance_E, std::optional<Tensor> grad_weight_TK,
-                      std::optional<Tensor> grad_entropy_T, std::optional<Tensor> grad_importance_E,
-                      std::optional<Tensor> grad_loss_L, std::string policy, bool softmax_before,
-                      bool renormalize, std::string gate, int64_t num_groups, int64_t top_groups,
-                      double entropy_floor, std::optional<double> tau,
-                      std::optional<int64_t> capacity, std::string capacity_order,
-                      std::optional<std::string> adaptive, double mass, std::vector<double> bands,
-                      double noise_std) {
-  const RouteOptions options = {policy,     softmax_before, renormalize, gate,     num_groups,
-                                top_groups, entropy_floor,  tau,         capacity, capacity_order,
-                                adaptive,   mass,           bands,       noise_std};
+Tensor route_backward(Tensor options, Tensor score_TE, int64_t top_k,
+                      std::optional<Tensor> entropy_TE, std::optional<Tensor> entropy_E,
+                      std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE,
+                      Tensor expert_TK, Tensor load_E, Tensor importance_E,
+                      std::optional<Tensor> grad_weight_TK, std::optional<Tensor> grad_entropy_T,
+                      std::optional<Tensor> grad_importance_E, std::optional<Tensor> grad_loss_L) {
   const RouteTensors given = {entropy_TE, entropy_E, bias_E, noise_TE};
-  const RouteBackwardCall call = prepare_route_backward(
+  RouteBackwardCall call = prepare_route_backward(
       score_TE, top_k, given, expert_TK, load_E, importance_E, grad_weight_TK, grad_entropy_T,
-      grad_importance_E, grad_loss_L, options);
+      grad_importance_E, grad_loss_L, RouteOptions(options));
   cpu::kernels().route_backward(call.params, kTorchThreads);
   const Tensor& ranked = entropy_TE ? *entropy_TE : entropy_E ? *entropy_E : score_TE;
-  return torch::stable::to(call.grad, ranked.scalar_type());
+  const Tensor grad = call.grad.tensor();
+  const bool same = ranked.scalar_type() == grad.scalar_type();
+  return same ? grad : torch::stable::to(grad, ranked.scalar_type());
 }
 
 void masked_sgd(Tensors param, Tensors grad, Tensors momentum_buffer, Tensors frozen, Tensor lr,
@@ -392,20 +380,15 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def("entropy(Tensor logits_BMC) -> Tensor");
   m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
   m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
-#define GOSE_ROUTE_OPTIONS                                                                        \
-  "str policy, bool softmax_before, bool renormalize, str gate, int num_groups, int top_groups, " \
-  "float entropy_floor, float? tau, int? capacity, str capacity_order, str? adaptive, "           \
-  "float mass, float[] bands, float noise_std)"
   m.def(
-      "route(Tensor score_TE, int top_k, Tensor? entropy_TE, Tensor? entropy_E, Tensor? bias_E, "
-      "Tensor? noise_TE, " GOSE_ROUTE_OPTIONS
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "route(Tensor options, Tensor score_TE, int top_k, Tensor? entropy_TE=None, "
+      "Tensor? entropy_E=None, Tensor? bias_E=None, Tensor? noise_TE=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "route_backward(Tensor score_TE, int top_k, Tensor? entropy_TE, Tensor? entropy_E, "
-      "Tensor? bias_E, Tensor? noise_TE, Tensor expert_TK, Tensor load_E, Tensor importance_E, "
-      "Tensor? grad_weight_TK, Tensor? grad_entropy_T, Tensor? grad_importance_E, "
-      "Tensor? grad_loss_L, " GOSE_ROUTE_OPTIONS " -> Tensor");
-#undef GOSE_ROUTE_OPTIONS
+      "route_backward(Tensor options, Tensor score_TE, int top_k, Tensor? entropy_TE, "
+      "Tensor? entropy_E, Tensor? bias_E, Tensor? noise_TE, Tensor expert_TK, Tensor load_E, "
+      "Tensor importance_E, Tensor? grad_weight_TK, Tensor? grad_entropy_T, "
+      "Tensor? grad_importance_E, Tensor? grad_loss_L) -> Tensor");
   m.def(
       "pack_matrix(Tensor(a!) packed_EB, Tensor w_EFD, int at, bool gated, bool interleaved, "
       "bool transposed) -> ()");

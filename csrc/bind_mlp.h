@@ -138,7 +138,7 @@ inline std::tuple<Tensor, Tensor> run_expert_mlp(
   const float limit = options.limit ? float(*options.limit) : activation.limit;
   if (!(limit > 0)) refuse(op, ": limit must be above 0, got ", limit);
 
-  const Tensor x = rows_contiguous(x_TD), weight = torch::stable::contiguous(weight_TK);
+  const Tensor x = rows_contiguous(x_TD), weight = dense(weight_TK);
   const Tensor expert = torch::stable::contiguous(expert_TK);
   Tensor out = torch::stable::new_empty(x, {T, D});
   Tensor pre = torch::stable::new_empty(x, {options.keep_pre ? T * K : 0, H});
@@ -220,7 +220,7 @@ inline Tensor run_grouped_gemm(const Tensor& x_ND, const Tensor& packed_EB, cons
   check_dim(op, "packed_EB", packed_EB, 2);
   const int64_t N = x_ND.size(0), D = x_ND.size(1), E = packed_EB.size(0);
   check_packed(op, packed_EB, E, panel_bytes(hidden, D, false, dtype));
-  const Tensor x = rows_contiguous(x_ND), offset = torch::stable::contiguous(offset_E1);
+  const Tensor x = rows_contiguous(x_ND), offset = dense(offset_E1);
   check_offsets(op, offset, E, N);
   Tensor y = torch::stable::new_empty(x, {N, hidden});
   int64_t bytes = 0;

@@ -38,7 +38,7 @@ inline void check_logits(const char* op, const Tensor& logits) {
 inline EntropyCall prepare_entropy(const Tensor& logits_BMC) {
   check_logits("entropy", logits_BMC);
   const DType dtype = float_dtype("entropy", "logits_BMC", logits_BMC);
-  const Tensor logits = torch::stable::contiguous(logits_BMC);
+  const Tensor logits = dense(logits_BMC);
   const int64_t dims = logits.dim() - 1, C = logits.size(dims);
   Tensor out = torch::stable::new_empty(logits, sizes_of(logits, dims), ScalarType::Float);
   const EntropyParams params = {
@@ -70,8 +70,8 @@ inline EntropyBackwardCall prepare_entropy_backward(const Tensor& grad_BM,
            dtype_name(logits_BMC.scalar_type()), ", got ", dtype_name(grad_BM.scalar_type()));
   }
   const DType dtype = float_dtype(op, "logits_BMC", logits_BMC);
-  const Tensor grad = torch::stable::contiguous(grad_BM);
-  const Tensor logits = torch::stable::contiguous(logits_BMC);
+  const Tensor grad = dense(grad_BM);
+  const Tensor logits = dense(logits_BMC);
   Tensor grad_logits = torch::stable::new_empty(logits, sizes_of(logits, dims + 1));
   const EntropyBackwardParams params = {
       .grad = static_cast<const float*>(grad.const_data_ptr()),
@@ -111,7 +111,7 @@ inline DispatchParams plan_params(const int32_t* expert, int64_t T, int64_t K, i
 // The ids as a contiguous int32 tensor, every one in [0, num_experts].
 template <class Id>
 inline Tensor checked_ids(const Tensor& expert_TK, int64_t num_experts) {
-  const Tensor given = torch::stable::contiguous(expert_TK);
+  const Tensor given = dense(expert_TK);
   const Id* ids = static_cast<const Id*>(given.const_data_ptr());
   const int64_t N = given.numel();
   Id lowest = 0, highest = 0;
