@@ -99,17 +99,8 @@ def gose(shape: Shape, weights: Weights) -> Built:
         id_TK = given.expert_TK.int()
         return lambda: gk.expert_mlp(given.x_TD, given.weight_TK, id_TK, *weights)
 
-    token = bind(inputs(shape, weights.up_EHD.dtype, 1, 0))
-
-    def pack() -> None:
-        """A parameter that changed is packed by the next call, here one of a single token."""
-        with torch.inference_mode(False):
-            weights.up_EHD[0, 0, 0].add_(0)
-            weights.down_EDF[0, 0, 0].add_(0)
-        token()
-
-    packs = gk.OPS["expert_mlp"].pick(*inputs(shape, weights.up_EHD.dtype, 1, 0), *weights)
-    return Built(bind, None if packs.name == "torch" else pack)
+    reason = gk.native.why_not()
+    return Built(bind, None if reason else lambda: gk.pack_experts(*weights))
 
 
 def _transformers(implementation: str) -> Build:
@@ -174,9 +165,10 @@ def _vllm(isa: str) -> Build:
             raise CannotRunError("no AMX here")
         if isa == "amx" and weights.up_EHD.dtype != torch.bfloat16:
             raise CannotRunError("takes bfloat16 alone")
-        packed = [torch.empty_like(w) for w in weights]
+        packed: list[Tensor] = []
 
         def pack() -> None:
+            packed[:] = [torch.empty_like(w) for w in weights]
             for weight, into in zip(weights, packed, strict=True):
                 torch.ops._C.prepack_moe_weight(weight, into, isa)
 

@@ -33,17 +33,17 @@ from torch import Tensor, nn
 from benchmarks._peers import PEERS, Built, CannotRunError, Inputs, Shape, Weights, inputs
 
 
+@torch.inference_mode(False)
 def _map(folder: str, shape: Shape, dtype: torch.dtype) -> Weights:
+    """Tensors that count their versions, like parameters."""
     E, _, D, F = shape[1:]
-    sizes = {"up": (E, 2 * F, D), "down": (E, D, F)}
-    return Weights(
-        *(
-            torch.from_file(
-                f"{folder}/{name}", shared=True, size=torch.Size(size).numel(), dtype=dtype
-            ).view(size)
-            for name, size in sizes.items()
-        )
+    up_EHD, down_EDF = (
+        torch.from_file(
+            f"{folder}/{name}", shared=True, size=size[0] * size[1] * size[2], dtype=dtype
+        ).view(size)
+        for name, size in {"up": (E, 2 * F, D), "down": (E, D, F)}.items()
     )
+    return Weights(up_EHD, down_EDF)
 
 
 def _make(weights: Weights, seed: int) -> None:

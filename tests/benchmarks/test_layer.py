@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import _cells, _peers, _record, _roofline, _rounds, _team, _worker, layer
+from tests import readme
 
 TINY = _peers.SHAPES["tiny"]
 
@@ -69,8 +70,16 @@ def test_quiet_is_the_upper_quartile_and_no_lower_than_known():
 def _cell(**peers):
     """A steady cell of three rounds."""
     return {
-        "kind": "steady", "shape": "tiny", "dtype": "float32", "tokens": 4, "cap": "",
-        "allocator": "kept", "caches": "cold", "rounds": 3, "rejected": 0, "bound": "memory",
+        "kind": "steady",
+        "shape": "tiny",
+        "dtype": "float32",
+        "tokens": 4,
+        "cap": "",
+        "allocator": "kept",
+        "caches": "cold",
+        "rounds": 3,
+        "rejected": 0,
+        "bound": "memory",
         "floor_seconds": [1.0, 2.0, 4.0],
         "peers": {name: {"seconds": list(s)} for name, s in peers.items()},
     }
@@ -219,6 +228,23 @@ def test_the_floor_counts_touched_experts_or_products():
     # one token: its two experts, and the token in and out
     assert bench._floor(1, 0, 1e9) == (2 * 2 * expert / 1e3, "compute")
     assert bench._floor(1, 0, 1.0) == ((2 * expert + 2 * 64) * 4, "memory")
+
+
+def test_readme_takes_the_cells_that_it_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "_RESULTS", tmp_path)
+    assert readme.layer_table() == (
+        "No measurement is committed: `python -m benchmarks layer` makes one."
+    )
+    shown = _cell(gose=(1.0, 2.0, 4.0))
+    cells = {"a": {**shown, "tokens": 16}, "b": shown, "c": {**shown, "caches": "warm"}}
+    _record.save("layer", "python -m benchmarks layer", 1, {"cells": cells}, tmp_path)
+    rows = [line for line in readme.layer_table().splitlines() if "tiny" in line]
+    assert [row.split(" | ")[1] for row in rows] == ["4", "16"]
+
+
+def test_a_plot_is_drawn(tmp_path):
+    _cells.plot([_cell(gose=(1.0, 2.0, 4.0)), _cell(slow=(2.0, 2.0, 4.0))], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_probes_of_the_machine():
