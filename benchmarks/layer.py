@@ -309,7 +309,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=_record.RESULTS, metavar="DIR")
     parser.add_argument("--fresh", action="store_true", help="measure again what stands there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw time over floor")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time over floor by tokens")
     parser.set_defaults(
         rows=["steady", "unseen", "pack"],
         allocator=list(_team.ALLOCATORS),
@@ -354,7 +354,8 @@ def main(argv: Sequence[str]) -> int:
         print("\n{} heap, {} caches {}".format(*title))
         chosen = [c for c in steady if (c["allocator"], c["caches"], c["cap"]) == title]
         print(_cells.table(chosen))
-    if options.plot:
-        _cells.plot([c for c in steady if c["allocator"] == "kept"], options.plot)
+    first = {"allocator": options.allocator[0], "caches": options.caches[0], "cap": options.cap[0]}
+    if options.plot and (drawn := [cell for cell in steady if first.items() <= cell.items()]):
+        _cells.plot(drawn, options.plot)
     print(f"wrote {path}")
     return 0
