@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -348,6 +349,8 @@ def main(argv: Sequence[str]) -> int:
     def save(cells: Mapping[str, Any]) -> None:
         _record.save(name, command, options.threads, {"cells": cells}, options.out)
 
+    # The weights of a team lie in memory files, which nobody else would remove.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     run(options, save, cells, lambda unit: _roofline.flops(unit, options.threads))
     steady = [cell for cell in cells.values() if cell["kind"] == "steady"]
     for title in sorted({(cell["allocator"], cell["caches"], cell["cap"]) for cell in steady}):
