@@ -178,8 +178,10 @@ void pack_matrix(Tensor packed_EB, Tensor w_EFD, int64_t at, bool gated, bool in
            " bytes, a multiple of 64 apart, got ", shape_of(packed_EB));
   }
   advise_huge_pages(packed_EB.mutable_data_ptr(), packed_EB.size(0) * packed_EB.stride(0));
-  cpu::kernels().pack(pack_params(w_EFD, transposed, gated, interleaved, packed_EB, at, dtype),
-                      kTorchThreads);
+  PackParams params = raw_params(w_EFD, transposed, gated, interleaved, dtype);
+  params.packed = static_cast<char*>(packed_EB.mutable_data_ptr()) + at;
+  params.stride_packed = packed_EB.stride(0);
+  cpu::kernels().pack(params, kTorchThreads);
 }
 
 std::tuple<Tensor, Tensor> expert_mlp(Tensor x_TD, Tensor weight_TK, Tensor expert_TK,
@@ -188,15 +190,63 @@ std::tuple<Tensor, Tensor> expert_mlp(Tensor x_TD, Tensor weight_TK, Tensor expe
                                       std::optional<Tensor> bias_down_ED, std::string activation,
                                       bool interleaved, std::optional<double> limit, double alpha,
                                       bool keep_pre) {
-  return run_expert_mlp(x_TD, weight_TK, expert_TK, packed_EB, bias_up_EH, bias_down_ED,
-                        {hidden, activation, interleaved, limit, alpha, keep_pre},
-                        torch::stable::get_num_threads(), kTorchThreads);
+  const char* op = "expert_mlp";
+  check_dim(op, "packed_EB", packed_EB, 2);
+  const MlpCall call(op, x_TD, weight_TK, expert_TK, packed_EB.size(0), hidden,
+                     {activation, interleaved, limit, alpha});
+  return run_expert_mlp(call, {&packed_EB, nullptr, nullptr, false}, bias_up_EH, bias_down_ED,
+                        interleaved, keep_pre, torch::stable::get_num_threads(), kTorchThreads);
+}
+
+std::tuple<Tensor, Tensor> expert_mlp_raw(
+    Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, Tensor w_down_EDF,
+    std::optional<Tensor> bias_up_EH, std::optional<Tensor> bias_down_ED, std::string activation,
+    bool interleaved, bool transposed, std::optional<double> limit, double alpha, bool keep_pre) {
+  const char* op = "expert_mlp";
+  check_dim(op, "w_down_EDF", w_down_EDF, 3);
+  const MlpCall call(op, x_TD, weight_TK, expert_TK, w_down_EDF.size(0),
+                     w_down_EDF.size(transposed ? 1 : 2), {activation, interleaved, limit, alpha});
+  return run_expert_mlp(call, {nullptr, &w_up_EHD, &w_down_EDF, transposed}, bias_up_EH,
+                        bias_down_ED, interleaved, keep_pre, torch::stable::get_num_threads(),
+                        kTorchThreads);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
+    Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, Tensor w_down_EDF,
+    std::optional<Tensor> bias_down_ED, std::optional<Tensor> frozen_E,
+    std::optional<Tensor> frozen_EF, Tensor pre_NH, Tensor grad_TD, std::optional<Tensor> grad_up,
+    std::optional<Tensor> grad_down, std::string activation, bool interleaved, bool transposed,
+    std::optional<double> limit, double alpha, bool need_x, bool need_weight, bool need_bias_up,
+    bool need_bias_down) {
+  const char* op = "expert_mlp_backward";
+  check_dim(op, "w_down_EDF", w_down_EDF, 3);
+  const MlpCall call(op, x_TD, weight_TK, expert_TK, w_down_EDF.size(0),
+                     w_down_EDF.size(transposed ? 1 : 2), {activation, interleaved, limit, alpha});
+  const MlpGradients wanted = {grad_up,     grad_down,    need_x,
+                               need_weight, need_bias_up, need_bias_down};
+  return run_expert_mlp_backward(call, w_up_EHD, w_down_EDF, transposed, bias_down_ED, frozen_E,
+                                 frozen_EF, pre_NH, grad_TD, wanted, interleaved,
+                                 torch::stable::get_num_threads(), kTorchThreads);
 }
 
 Tensor grouped_gemm(Tensor x_ND, Tensor packed_EB, Tensor offset_E1, std::optional<Tensor> bias_EF,
                     int64_t hidden) {
-  return run_grouped_gemm(x_ND, packed_EB, offset_E1, bias_EF, hidden,
+  return run_grouped_gemm(x_ND, {&packed_EB, nullptr, nullptr, false}, offset_E1, bias_EF, hidden,
                           torch::stable::get_num_threads(), kTorchThreads);
+}
+
+Tensor grouped_gemm_raw(Tensor x_ND, Tensor w_EFD, Tensor offset_E1, std::optional<Tensor> bias_EF,
+                        bool transposed) {
+  check_dim("grouped_gemm", "w_EFD", w_EFD, 3);
+  return run_grouped_gemm(x_ND, {nullptr, &w_EFD, nullptr, transposed}, offset_E1, bias_EF,
+                          w_EFD.size(transposed ? 2 : 1), torch::stable::get_num_threads(),
+                          kTorchThreads);
+}
+
+Tensor grouped_gemm_backward(Tensor grad_NF, Tensor x_ND, Tensor offset_E1, Tensor grad_w,
+                             bool transposed, bool bias) {
+  return run_grouped_gemm_backward(grad_NF, x_ND, offset_E1, grad_w, transposed, bias,
+                                   torch::stable::get_num_threads(), kTorchThreads);
 }
 
 std::string micro_kernel(std::string dtype) {
@@ -399,6 +449,24 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "grouped_gemm(Tensor x_ND, Tensor packed_EB, Tensor offset_E1, Tensor? bias_EF, int hidden) "
       "-> Tensor");
+  m.def(
+      "expert_mlp_raw(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, "
+      "Tensor w_down_EDF, Tensor? bias_up_EH, Tensor? bias_down_ED, str activation, "
+      "bool interleaved, bool transposed, float? limit, float alpha, bool keep_pre) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "expert_mlp_backward(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, "
+      "Tensor w_down_EDF, Tensor? bias_down_ED, Tensor? frozen_E, Tensor? frozen_EF, "
+      "Tensor pre_NH, Tensor grad_TD, Tensor(a!)? grad_up, Tensor(b!)? grad_down, str activation, "
+      "bool interleaved, bool transposed, float? limit, float alpha, bool need_x, "
+      "bool need_weight, bool need_bias_up, bool need_bias_down) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "grouped_gemm_raw(Tensor x_ND, Tensor w_EFD, Tensor offset_E1, Tensor? bias_EF, "
+      "bool transposed) -> Tensor");
+  m.def(
+      "grouped_gemm_backward(Tensor grad_NF, Tensor x_ND, Tensor offset_E1, Tensor(a!) grad_w, "
+      "bool transposed, bool bias) -> Tensor");
   m.def("micro_kernel(str dtype) -> str");
   m.def("scratch_bytes() -> int");
   m.def("release_scratch() -> ()");
@@ -423,7 +491,11 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
   m.impl("pack_matrix", TORCH_BOX(&gose::pack_matrix));
   m.impl("expert_mlp", TORCH_BOX(&gose::expert_mlp));
+  m.impl("expert_mlp_raw", TORCH_BOX(&gose::expert_mlp_raw));
+  m.impl("expert_mlp_backward", TORCH_BOX(&gose::expert_mlp_backward));
   m.impl("grouped_gemm", TORCH_BOX(&gose::grouped_gemm));
+  m.impl("grouped_gemm_raw", TORCH_BOX(&gose::grouped_gemm_raw));
+  m.impl("grouped_gemm_backward", TORCH_BOX(&gose::grouped_gemm_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CompositeExplicitAutograd, m) {

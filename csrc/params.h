@@ -228,9 +228,10 @@ struct ExpertMlpParams {    // out[t] = sum_k weight[t, k] * down(act(up(x[t])))
   const int32_t* row = nullptr;     // [T, K] in [0, N), -1 = unused
   const int32_t* token = nullptr;   // [N]
   const int32_t* offset = nullptr;  // [E1]
-  const float* weight;              // [T, K]
+  const float* weight = nullptr;    // [T, K]
   const char* up;                   // packed panels of the up (and gate) weights of every expert
-  const char* down;
+  const char* down;                 // null like `up`: then the weights are packed as they are used
+  PackParams raw_up = {}, raw_down = {};  // where to find them; packed and stride_packed unused
   Bias bias_up, bias_down;
   void* out = nullptr;               // [T, D] dtype
   void* pre;                         // [N, H] dtype, or null: what a backward keeps
@@ -244,16 +245,62 @@ struct ExpertMlpParams {    // out[t] = sum_k weight[t, k] * down(act(up(x[t])))
   DType dtype;
 };
 
+// Weight gradients [E, M, C], dtype, contiguous: out[e] = left^T . right over the rows of expert e.
+struct WeightGradParams {
+  void* out = nullptr;  // null: not wanted
+  int64_t M, C;
+};
+
+struct ExpertMlpBackwardParams {
+  const void* x;     // [T, D] dtype
+  const void* grad;  // [T, D] dtype
+  const void* pre;   // [N, H] dtype
+  const int32_t *row, *token, *offset;
+  const float* weight;          // [T, K]
+  PackParams raw_up, raw_down;  // as [E, D, H] and [E, F, D]: what x and pre are multiplied with
+  Bias bias_down;
+  const uint8_t* frozen_e;   // [E], or null
+  const uint8_t* frozen_ef;  // [E, F], or null
+  void* grad_x;              // [T, D] dtype, or null
+  float* grad_weight;        // [T, K], or null
+  WeightGradParams grad_up, grad_down;
+  void* grad_bias_up;    // [E, H] dtype, or null
+  void* grad_bias_down;  // [E, D] dtype, or null
+  char* scratch;         // as in ExpertMlpParams
+  int64_t* scratch_bytes;
+  int64_t T, K, E, D, F, stride_xt, stride_gt;
+  int64_t threads, cache;
+  bool gated, interleaved, transposed;  // transposed: gradients are [E, D, H] and [E, F, D]
+  Phi phi;
+  float limit, alpha, shift;
+  DType dtype;
+};
+
 struct GroupedGemmParams {  // y[n] = x[n] . w[e]^T + bias[e] for the rows n of every group e
   const void* x;            // [N, D] dtype
   const int32_t* offset;    // [E1]
-  const char* w;            // packed panels
+  const char* w;            // packed panels, or null and
+  PackParams raw;           // as in ExpertMlpParams
   Bias bias;
   void* y;        // [N, F] dtype; rows from offset[E] on are zeroed
   char* scratch;  // as in ExpertMlpParams
   int64_t* scratch_bytes;
   int64_t N, E, D, F, stride_xn, stride_packed;
   int64_t threads, cache;
+  DType dtype;
+};
+
+struct GroupedGemmBackwardParams {  // gradients of the weights and of the bias
+  const void* grad;                 // [N, F] dtype
+  const void* x;                    // [N, D] dtype
+  const int32_t* offset;            // [E1]
+  WeightGradParams grad_w;          // [E, F, D], or [E, D, F] (transposed)
+  void* grad_bias;                  // [E, F] dtype, or null
+  char* scratch;
+  int64_t* scratch_bytes;
+  int64_t N, E, D, F, stride_gn, stride_xn;
+  int64_t threads, cache;
+  bool transposed;
   DType dtype;
 };
 

@@ -63,14 +63,20 @@ def _watch(weights: Tensor) -> None:
 
 
 def _kept(
-    weights: tuple[Tensor, ...], layout: tuple[object, ...], pack: Callable[[], Tensor]
-) -> Tensor:
-    """The copy that is kept for these weights in this layout, else the one that `pack` makes."""
+    weights: tuple[Tensor, ...],
+    layout: tuple[object, ...],
+    pack: Callable[[], Tensor],
+    changing: bool,
+) -> Tensor | None:
+    """The copy that is kept for these weights in this layout, else the one that `pack` makes; None
+    for weights that are changing: the kernels pack those as they read them."""
     key = (layout, *[(w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights])
     versions = tuple([_version(w) for w in weights])
     found = _copies.get(key)
     if found is not None and found.versions == versions and not found.stale():
         return found.packed_EB
+    if changing:
+        return None
     with _lock:
         _copies.pop(key, None)  # before the new one is made: never two copies of one weight
         _drop_stale()
@@ -165,21 +171,29 @@ def unpack_experts(
 
 
 def packed_experts(
-    w_up_EHD: Tensor, w_down_EDF: Tensor, *, gated: bool, interleaved: bool, transposed: bool
-) -> tuple[Tensor, int]:
-    """packed_EB of `pack_experts`, kept while both weights stand, and F."""
+    w_up_EHD: Tensor,
+    w_down_EDF: Tensor,
+    *,
+    gated: bool,
+    interleaved: bool,
+    transposed: bool,
+    changing: bool = False,
+) -> tuple[Tensor | None, int]:
+    """packed_EB of `pack_experts`, kept while both weights stand, and F. None in its place where no
+    copy is kept of weights that are `changing`."""
 
     def pack() -> Tensor:
         return pack_experts(
             w_up_EHD, w_down_EDF, gated=gated, interleaved=interleaved, transposed=transposed
         )
 
-    packed_EB = _kept((w_up_EHD, w_down_EDF), (gated, interleaved, transposed), pack)
+    packed_EB = _kept((w_up_EHD, w_down_EDF), (gated, interleaved, transposed), pack, changing)
     return packed_EB, w_down_EDF.shape[1 if transposed else 2]
 
 
-def packed_matrix(w_EFD: Tensor, *, transposed: bool) -> Tensor:
-    """packed_EB of the weights of `grouped_gemm`, kept while they stand."""
+def packed_matrix(w_EFD: Tensor, *, transposed: bool, changing: bool) -> Tensor | None:
+    """packed_EB of the weights of `grouped_gemm`, kept while they stand; None where no copy is kept
+    of weights that are `changing`."""
 
     def pack() -> Tensor:
         num_experts, columns, K = w_EFD.mT.shape if transposed else w_EFD.shape
@@ -188,7 +202,7 @@ def packed_matrix(w_EFD: Tensor, *, transposed: bool) -> Tensor:
         torch.ops.gose_native.pack_matrix(packed_EB, w_EFD, 0, False, False, transposed)
         return packed_EB
 
-    return _kept((w_EFD,), (transposed,), pack)
+    return _kept((w_EFD,), (transposed,), pack, changing)
 
 
 def forget_packed() -> None:

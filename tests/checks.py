@@ -61,20 +61,28 @@ _CHAIN_RULE = {
 }
 
 
-def assert_chain_close_to_truth(got: Tensor, same_dtype_reference: Tensor, truth: Tensor) -> None:
+def assert_chain_close_to_truth(
+    got: Tensor, same_dtype_reference: Tensor, truth: Tensor, *, gradient: bool = False
+) -> None:
     """The error rule for chains of long sums, whose rounding errors fall on elements by chance: the
-    L2 error of the whole tensor, and per element the rule plus the reference's largest error."""
+    L2 error of the whole tensor, and per element the rule plus the reference's largest error.
+
+    A gradient is made from a rounded pre-activation and a rounded gradient of it: twice the error.
+    Tensors of few elements have no L2 error worth the name: theirs is a draw.
+    """
+    scale = 2 if gradient else 1
     assert got.dtype == same_dtype_reference.dtype
     truth, finite = truth.double(), truth.isfinite()
     own_error = (same_dtype_reference.double() - truth).abs().where(finite, 0.0)
     error = (got.double() - truth).where(finite, 0.0).norm()
     size = truth.where(finite, 0.0).norm()
-    assert error <= max(_CHAIN_RULE[got.dtype] * size, own_error.norm()), f"L2 {error / size:.3g}"
+    allowed = max(scale * _CHAIN_RULE[got.dtype] * size, own_error.norm())
+    assert truth.numel() < 32 or error <= allowed, f"L2 {error / size:.3g}"
     if truth.numel() > 0:
         error_of_truth, error_of_rms = _RULE[got.dtype]
         rms = size / math.sqrt(max(1, int(finite.sum())))
         rule = error_of_truth * truth.abs() + error_of_rms * rms
-        _assert_within(got, rule + own_error.max(), truth)
+        _assert_within(got, scale * (rule + own_error.max()), truth)
 
 
 def assert_close_within_ulps(
@@ -85,12 +93,6 @@ def assert_close_within_ulps(
     slack = truth.abs() * ulps * 2.0**-23 if got.dtype == torch.float32 else 0 * truth
     moved = truth + (got.double() - truth).clamp(-slack, slack)
     assert_close_to_truth(got, same_dtype_reference, moved)
-
-
-def gradient_backend(name: str, backend: str) -> str | None:
-    """The backend for a gradient of op `name` whose forward is tested on `backend`: the same one if
-    the backward is written there."""
-    return backend if backend in {b.name for b in gk.OPS[f"{name}_backward"].backends} else None
 
 
 def backends_of(name: str) -> list[object]:

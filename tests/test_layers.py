@@ -20,6 +20,7 @@ LAYERS = [
         "gose_kernels.philox",
         "gose_kernels.masks",
         "gose_kernels.packing",
+        "gose_kernels.memory",
     ],
     ["gose_kernels.triton"],
     ["gose_kernels.ops"],

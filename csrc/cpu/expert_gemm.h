@@ -1,12 +1,13 @@
-// One GEMM of all experts: the rows of every expert times its packed panels.
+// One GEMM of all experts: the rows of every expert times its weights, packed or as they are.
 //
-// Rows come in blocks of one expert, small enough that a block stays in the second-level cache
-// while the panels stream past; work is (block, run of panels), claimed one by one, so uneven
-// experts spread over the threads. An element of the result is one thread's sum over all of K: its
-// bits depend neither on the threads nor on the other rows.
+// Work items are (expert, run of panels), longer runs for experts with fewer rows, claimed one by
+// one, so uneven experts spread over the threads. An item's rows come in blocks that stay in the
+// second-level cache while the panels stream past. An element of the result is one thread's sum
+// over all of K: its bits depend neither on the threads nor on the other rows.
 #pragma once
 
 #include "microgemm.h"
+#include "pack.h"
 #include "vec_math.h"
 
 namespace gose::cpu::GOSE_LEVEL {
@@ -22,43 +23,63 @@ inline int64_t row_stride(int64_t columns, int64_t bytes) {
   return round_up(columns * bytes, 64) + 64;
 }
 
-struct Block {  // rows [first, first + rows) of the experts' sorted rows
-  int32_t expert, first, rows;
+struct Block {  // rows [first, first + rows) of all experts' sorted rows
+  int64_t expert, first, rows;
 };
 
-// Cuts the rows of every expert evenly into blocks of at most `most_rows`.
-inline int64_t make_blocks(const int32_t* offset, int64_t E, int64_t most_rows, Block* blocks) {
+// Rows that leave two fifths of the second-level cache to panels and sums.
+inline int64_t rows_of_block(const MicroGemm& micro, int64_t cache, int64_t stride) {
+  return most(1, least(cache * 3 / 5 / stride, 480) / micro.rows) * micro.rows;
+}
+
+struct Item {
+  int32_t expert, first, end;  // panels
+};
+
+struct Gemm {
+  const MicroGemm* micro;
+  const int32_t* offset;  // [E1] rows of the experts
+  int64_t E;
+  int64_t block_rows;  // at most, of one block
+  const char* packed;  // expert 0's panels, or null
+  int64_t stride_packed;
+  const PackParams* raw;  // the weights themselves, packed run by run where there is no copy
+  char* buffer;           // of every thread, for one run: kRunBytes
+  int64_t panels, K, panel_bytes, threads;
+  Item* items;  // room for items_at_most()
+};
+
+// Weights that a thread packs at a time: a part of the last-level cache.
+constexpr int64_t kRunBytes = int64_t{4} << 20;
+
+constexpr int64_t kItemsPerThread = 32;
+inline int64_t items_at_most(int64_t E, int64_t threads, int64_t panels, int64_t panel_bytes) {
+  const int64_t by_bytes = E * ceil_div(panels * panel_bytes, kRunBytes / 2);
+  return 2 * (kItemsPerThread * threads + E) + by_bytes;
+}
+inline int64_t run_buffer(int64_t panel_bytes) { return most(kRunBytes, panel_bytes); }
+
+// Enough items for an even end; a run has no fewer than 16 panels, lest gathering the rows again
+// for each shows, but for experts of few rows, where 128 KB of weights are plenty of work.
+inline int64_t make_items(const Gemm& g) {
+  const int64_t all = g.offset[g.E] * g.panels;
+  const int64_t share = most(1, all / (kItemsPerThread * g.threads));  // rows x panels of an item
+  const int64_t fewest = ceil_div(int64_t{128} << 10, most(g.panel_bytes, 1));
+  const int64_t fitting = g.raw != nullptr ? most(1, kRunBytes / most(g.panel_bytes, 1)) : g.panels;
   int64_t count = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t rows = offset[e + 1] - offset[e], pieces = ceil_div(rows, most_rows);
-    for (int64_t i = 0; i < pieces; ++i) {
-      const int64_t begin = rows * i / pieces, end = rows * (i + 1) / pieces;
-      blocks[count++] = {int32_t(e), int32_t(offset[e] + begin), int32_t(end - begin)};
+  for (int64_t e = 0; e < g.E; ++e) {
+    const int64_t rows = g.offset[e + 1] - g.offset[e];
+    if (rows == 0) continue;
+    const int64_t floor = rows <= 16 ? fewest : most(fewest, 16);
+    const int64_t run = least(least(g.panels, fitting), most(floor, share / rows));
+    const int64_t runs = ceil_div(g.panels, most(run, 1));
+    for (int64_t i = 0; i < runs; ++i) {
+      g.items[count++] = {int32_t(e), int32_t(g.panels * i / runs),
+                          int32_t(g.panels * (i + 1) / runs)};
     }
   }
   return count;
 }
-inline int64_t blocks_at_most(int64_t rows, int64_t E, int64_t most_rows) {
-  return E + rows / most_rows + 1;
-}
-
-struct Gemm {
-  const MicroGemm* micro;
-  const Block* blocks;
-  int64_t num_blocks;
-  const char* packed;  // expert 0's panels
-  int64_t stride_packed, panels, K, panel_bytes;
-  int64_t threads;
-
-  // Panels of a work item: enough items for an even end, few enough that gathering the block's rows
-  // again for each stays below a twentieth of its work, and never less than 128 KB of weights.
-  int64_t panels_per_item() const {
-    const int64_t items = ceil_div(32 * threads, most(num_blocks, 1));
-    const int64_t by_work = ceil_div(panels, items);
-    const int64_t by_bytes = ceil_div(int64_t{128} << 10, most(panel_bytes, 1));
-    return most(1, least(panels, most(by_work, by_bytes)));
-  }
-};
 
 struct Rows {
   const char* data;
@@ -89,32 +110,39 @@ inline Ahead ahead_of(const Gemm& g, const char* panel, int64_t rows, int64_t i,
 template <class RowsOf, class Done>
 inline void multiply(const Gemm& g, const Parallel& threads, const RowsOf& rows_of,
                      const Done& done) {
-  const int64_t run = g.panels_per_item(), runs = ceil_div(g.panels, run);
-  const int64_t items = g.num_blocks * runs;
+  const int64_t items = make_items(g);
   int64_t next = 0;
   parallel_for(threads, least(g.threads, items), 1, [&](int64_t thread, int64_t) {
     alignas(64) float sums[kMostRows * kPanel];
     Rows rows = {};
     int64_t held = -1;
     for (;;) {
-      const int64_t item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (item >= items) return;
-      const Block& block = g.blocks[item / runs];
-      if (item / runs != held) {
-        rows = rows_of(block, thread);
-        held = item / runs;
+      const int64_t claimed = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (claimed >= items) return;
+      const Item& item = g.items[claimed];
+      const char* weights = g.packed + item.expert * g.stride_packed + item.first * g.panel_bytes;
+      if (g.raw != nullptr) {
+        char* run = g.buffer + thread * run_buffer(g.panel_bytes);
+        pack_run(*g.raw, item.expert, item.first, item.end - item.first, run);
+        weights = run;
       }
-      const char* weights = g.packed + block.expert * g.stride_packed;
-      const int64_t pieces = ceil_div(block.rows, g.micro->rows);
-      const int64_t first = item % runs * run, end = least(g.panels, first + run);
-      for (int64_t panel = first; panel < end; ++panel) {
-        const char* at = weights + panel * g.panel_bytes;
-        for (int64_t i = 0; i < pieces; ++i) {
-          const int64_t from = block.rows * i / pieces, to = block.rows * (i + 1) / pieces;
-          const Ahead ahead = ahead_of(g, at, block.rows, i, pieces, panel + 1 < end);
-          g.micro->run(rows.data + from * rows.stride, rows.stride, int32_t(to - from), at, g.K,
-                       sums, ahead.first, ahead.lines);
-          done(block, from, to - from, panel, sums);
+      const int64_t begin = g.offset[item.expert], all = g.offset[item.expert + 1] - begin;
+      const int64_t blocks = ceil_div(all, g.block_rows);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t first = all * b / blocks;
+        const Block block = {item.expert, begin + first, all * (b + 1) / blocks - first};
+        if (held != block.first) rows = rows_of(block, thread);
+        held = block.first;
+        const int64_t pieces = ceil_div(block.rows, g.micro->rows);
+        for (int64_t panel = item.first; panel < item.end; ++panel) {
+          const char* at = weights + (panel - item.first) * g.panel_bytes;
+          for (int64_t i = 0; i < pieces; ++i) {
+            const int64_t from = block.rows * i / pieces, to = block.rows * (i + 1) / pieces;
+            const Ahead ahead = ahead_of(g, at, block.rows, i, pieces, panel + 1 < item.end);
+            g.micro->run(rows.data + from * rows.stride, rows.stride, int32_t(to - from), at, g.K,
+                         sums, ahead.first, ahead.lines);
+            done(block, from, to - from, panel, sums);
+          }
         }
       }
     }

@@ -6,24 +6,30 @@
 namespace gose::cpu::GOSE_LEVEL {
 namespace {
 
-// Where everything lies in the scratch memory.
+// Where everything lies in the scratch memory: work items, packed runs, gathered rows, hidden units
+// and one row per slot of a token.
 struct Layout {
   const MicroGemm* micro;
-  int64_t rows, K_up, K_down;              // of all experts; columns of x and hidden, padded
-  int64_t stride_x, stride_hidden;         // bytes
-  int64_t block_rows, most_blocks;         // a block's rows; room for blocks
-  int64_t gathered, hidden, slots, bytes;  // offsets; the blocks stand first
+  int64_t rows, K_up, K_down;  // of all experts; columns of x and hidden, padded
+  int64_t panels_up, panels_down, panel_up_bytes, panel_down_bytes;
+  int64_t stride_x, stride_hidden;               // bytes
+  int64_t block_rows, gathered_bytes;            // of one block, of a thread
+  int64_t runs, gathered, hidden, slots, bytes;  // offsets
 
   explicit Layout(const ExpertMlpParams& p) : micro(&micro_gemm(p.dtype)), rows(p.offset[p.E]) {
-    const int64_t size = micro->bf16_rows ? 2 : 4;
+    const int64_t size = micro->bf16_rows ? 2 : 4, wide = kPanel * bytes_of(p.dtype);
     K_up = round_up(p.D, kAlignK), K_down = round_up(p.F, kAlignK);
+    panels_up = K_down * (p.gated ? 2 : 1) / kPanel, panels_down = ceil_div(p.D, kPanel);
+    panel_up_bytes = K_up * wide, panel_down_bytes = K_down * wide;
     stride_x = row_stride(K_up, size), stride_hidden = row_stride(K_down, size);
-    // Three fifths of the cache for the rows: the rest is for a panel and the sums.
-    const int64_t fitting = p.cache * 3 / 5 / most(stride_x, stride_hidden);
-    block_rows = most(1, least(fitting, 480) / micro->rows) * micro->rows;
-    most_blocks = blocks_at_most(rows, p.E, block_rows);
-    gathered = round_up(most_blocks * int64_t(sizeof(Block)), 64);
-    hidden = gathered + p.threads * least(block_rows, rows) * stride_x;
+    block_rows = rows_of_block(*micro, p.cache, most(stride_x, stride_hidden));
+    gathered_bytes = least(block_rows, rows) * stride_x;
+    const int64_t items = most(items_at_most(p.E, p.threads, panels_up, panel_up_bytes),
+                               items_at_most(p.E, p.threads, panels_down, panel_down_bytes));
+    const int64_t run = most(run_buffer(panel_up_bytes), run_buffer(panel_down_bytes));
+    runs = round_up(items * int64_t(sizeof(Item)), 64);
+    gathered = runs + (p.up == nullptr ? p.threads * run : 0);
+    hidden = gathered + p.threads * gathered_bytes;
     slots = hidden + rows * stride_hidden;
     bytes = slots + rows * p.D * 4;
   }
@@ -31,7 +37,7 @@ struct Layout {
 
 template <class Float>
 Rows gather(const ExpertMlpParams& p, const Layout& at, const Block& block, int64_t thread) {
-  char* to = p.scratch + at.gathered + thread * least(at.block_rows, at.rows) * at.stride_x;
+  char* to = p.scratch + at.gathered + thread * at.gathered_bytes;
   for (int64_t r = 0; r < block.rows; ++r) {
     const Float* x = static_cast<const Float*>(p.x) + p.token[block.first + r] * p.stride_xt;
     copy_row(x, p.D, at.K_up, at.micro->bf16_rows, to + r * at.stride_x);
@@ -173,16 +179,19 @@ void combine_slots(const ExpertMlpParams& p, const float* slots, int64_t begin, 
 
 template <class Float>
 void layer(const ExpertMlpParams& p, const Layout& at, const Parallel& threads) {
-  Block* blocks = reinterpret_cast<Block*>(p.scratch);
   Gemm gemm = {.micro = at.micro,
-               .blocks = blocks,
-               .num_blocks = make_blocks(p.offset, p.E, at.block_rows, blocks),
+               .offset = p.offset,
+               .E = p.E,
+               .block_rows = at.block_rows,
                .packed = p.up,
                .stride_packed = p.stride_packed,
-               .panels = at.K_down * (p.gated ? 2 : 1) / kPanel,
+               .raw = p.up == nullptr ? &p.raw_up : nullptr,
+               .buffer = p.scratch + at.runs,
+               .panels = at.panels_up,
                .K = at.K_up,
-               .panel_bytes = at.K_up * kPanel * bytes_of(p.dtype),
-               .threads = p.threads};
+               .panel_bytes = at.panel_up_bytes,
+               .threads = p.threads,
+               .items = reinterpret_cast<Item*>(p.scratch)};
   multiply(
       gemm, threads,
       [&](const Block& block, int64_t thread) { return gather<Float>(p, at, block, thread); },
@@ -190,9 +199,10 @@ void layer(const ExpertMlpParams& p, const Layout& at, const Parallel& threads) 
         finish_up<Float>(p, at, block, first, count, panel, sums);
       });
   gemm.packed = p.down;
-  gemm.panels = ceil_div(p.D, kPanel);
+  gemm.raw = p.down == nullptr ? &p.raw_down : nullptr;
+  gemm.panels = at.panels_down;
   gemm.K = at.K_down;
-  gemm.panel_bytes = at.K_down * kPanel * bytes_of(p.dtype);
+  gemm.panel_bytes = at.panel_down_bytes;
   multiply(
       gemm, threads,
       [&](const Block& block, int64_t) {

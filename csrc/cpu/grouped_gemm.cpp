@@ -6,34 +6,40 @@ namespace {
 
 struct Layout {
   const MicroGemm* micro;
-  int64_t rows, K, stride_x, block_rows, gathered, bytes;
+  int64_t rows, K, panels, panel_bytes, stride_x, block_rows, gathered_bytes;
+  int64_t runs, gathered, bytes;  // offsets in the scratch memory; the work items stand first
 
   explicit Layout(const GroupedGemmParams& p)
       : micro(&micro_gemm(p.dtype)), rows(p.offset[p.E]), K(round_up(p.D, kAlignK)) {
+    panels = ceil_div(p.F, kPanel), panel_bytes = K * kPanel * bytes_of(p.dtype);
     stride_x = row_stride(K, micro->bf16_rows ? 2 : 4);
-    const int64_t fitting = p.cache * 3 / 5 / stride_x;
-    block_rows = most(1, least(fitting, 480) / micro->rows) * micro->rows;
-    gathered = round_up(blocks_at_most(rows, p.E, block_rows) * int64_t(sizeof(Block)), 64);
-    bytes = gathered + p.threads * least(block_rows, rows) * stride_x;
+    block_rows = rows_of_block(*micro, p.cache, stride_x);
+    gathered_bytes = least(block_rows, rows) * stride_x;
+    runs = round_up(items_at_most(p.E, p.threads, panels, panel_bytes) * int64_t(sizeof(Item)), 64);
+    gathered = runs + (p.w == nullptr ? p.threads * run_buffer(panel_bytes) : 0);
+    bytes = gathered + p.threads * gathered_bytes;
   }
 };
 
 template <class Float>
 void groups(const GroupedGemmParams& p, const Layout& at, const Parallel& threads) {
-  Block* blocks = reinterpret_cast<Block*>(p.scratch);
   const Gemm gemm = {.micro = at.micro,
-                     .blocks = blocks,
-                     .num_blocks = make_blocks(p.offset, p.E, at.block_rows, blocks),
+                     .offset = p.offset,
+                     .E = p.E,
+                     .block_rows = at.block_rows,
                      .packed = p.w,
                      .stride_packed = p.stride_packed,
-                     .panels = ceil_div(p.F, kPanel),
+                     .raw = p.w == nullptr ? &p.raw : nullptr,
+                     .buffer = p.scratch + at.runs,
+                     .panels = at.panels,
                      .K = at.K,
-                     .panel_bytes = at.K * kPanel * bytes_of(p.dtype),
-                     .threads = p.threads};
+                     .panel_bytes = at.panel_bytes,
+                     .threads = p.threads,
+                     .items = reinterpret_cast<Item*>(p.scratch)};
   multiply(
       gemm, threads,
       [&](const Block& block, int64_t thread) {
-        char* to = p.scratch + at.gathered + thread * least(at.block_rows, at.rows) * at.stride_x;
+        char* to = p.scratch + at.gathered + thread * at.gathered_bytes;
         for (int64_t r = 0; r < block.rows; ++r) {
           copy_row(static_cast<const Float*>(p.x) + (block.first + r) * p.stride_xn, p.D, at.K,
                    at.micro->bf16_rows, to + r * at.stride_x);

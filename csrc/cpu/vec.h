@@ -32,6 +32,7 @@ typedef uint16_t vh __attribute__((vector_size(2 * kLanes)));
 
 struct bf16 {
   uint16_t bits;
+  static constexpr bool is_bf16 = true;
 };
 struct fp16 {
   uint16_t bits;

@@ -60,6 +60,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gose_kernels import memory
 from gose_kernels.ops.activations import ACTIVATIONS, Activation
 from gose_kernels.packing import expert_bytes, packed_experts, unpack_experts
 from gose_kernels.registry import Cost, native, reference, register
@@ -522,18 +523,28 @@ def _native(call: MlpCall, keep: bool) -> tuple[Tensor, Tensor]:
     masked = call.frozen_E is not None or call.frozen_EF is not None
     if masked or call.w_up_EHD.dtype != call.x_TD.dtype:
         check(call)
+    trained = keep and (call.w_up_EHD.requires_grad or call.w_down_EDF.requires_grad)
+    options = (call.limit, call.alpha, keep)
     try:
         packed_EB, hidden = packed_experts(
             *(call.w_up_EHD, call.w_down_EDF),
             gated=call.act.gated,
             interleaved=call.interleaved,
             transposed=call.transposed,
+            changing=trained,
         )
-        out_TD, pre_NH = torch.ops.gose_native.expert_mlp(
-            *(call.x_TD, call.weight_TK, call.expert_TK, packed_EB, hidden),
-            *(call.bias_up_EH, call.bias_down_ED),
-            *(call.activation, call.interleaved, call.limit, call.alpha, keep),
-        )
+        if packed_EB is None:
+            out_TD, pre_NH = torch.ops.gose_native.expert_mlp_raw(
+                *(call.x_TD, call.weight_TK, call.expert_TK, call.w_up_EHD, call.w_down_EDF),
+                *(call.bias_up_EH, call.bias_down_ED),
+                *(call.activation, call.interleaved, call.transposed, *options),
+            )
+        else:
+            out_TD, pre_NH = torch.ops.gose_native.expert_mlp(
+                *(call.x_TD, call.weight_TK, call.expert_TK, packed_EB, hidden),
+                *(call.bias_up_EH, call.bias_down_ED),
+                *(call.activation, call.interleaved, *options),
+            )
     except (KeyError, ValueError, RuntimeError):
         check(call)
         raise
@@ -546,6 +557,30 @@ def _cpu(*args: Any, **options: Any) -> Tensor:
 
 def _cpu_train(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _native(MlpCall(*args, **options), keep=True)
+
+
+def _cpu_backward(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    call, back = _bind_backward(args, options)
+    _check_backward(call, back)
+    up, down = call.w_up_EHD, call.w_down_EDF
+    grad_up = memory.take(up.shape, up.dtype) if back.need_up else None
+    grad_down = memory.take(down.shape, down.dtype) if back.need_down else None
+    x, weight, bias_up, bias_down = torch.ops.gose_native.expert_mlp_backward(
+        *(call.x_TD, call.weight_TK, call.expert_TK, up, down),
+        *(call.bias_down_ED, call.frozen_E, call.frozen_EF),
+        *(back.pre_NH, back.grad_TD, grad_up, grad_down),
+        *(call.activation, call.interleaved, call.transposed, call.limit, call.alpha),
+        *(back.need_x, back.need_weight, back.need_bias_up, back.need_bias_down),
+    )
+    none = up.new_empty(0)
+    return (
+        x,
+        weight,
+        grad_up if grad_up is not None else none,
+        grad_down if grad_down is not None else down.new_empty(0),
+        bias_up,
+        bias_down,
+    )
 
 
 def expert_mlp_packed_reference(*args: Any, **options: Any) -> Tensor:
@@ -599,6 +634,7 @@ expert_mlp_backward = register(
     f"{_OPTIONS}, bool need_x=True, bool need_weight=True, bool need_up=True, "
     "bool need_down=True, bool need_bias_up=False, bool need_bias_down=False, "
     "str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    native("cpu", _cpu_backward, *_FLOATS),
     reference(expert_mlp_backward_reference),
     fake=_backward_fake,
     cost=_backward_cost,

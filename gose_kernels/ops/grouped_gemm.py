@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gose_kernels import memory
 from gose_kernels.packing import packed_matrix
 from gose_kernels.registry import Cost, native, reference, register
 
@@ -151,11 +152,34 @@ def _cpu(
     *,
     transposed: bool = False,
 ) -> Tensor:
-    """From the packed copy of the weights."""
+    """From the packed copy of weights that stand; those that are trained are packed on the way."""
     _, hidden = _check(x_ND, w_EFD, offset_E1, bias_EF, transposed)
-    packed_EB = packed_matrix(w_EFD, transposed=transposed)
-    y_NF: Tensor = torch.ops.gose_native.grouped_gemm(x_ND, packed_EB, offset_E1, bias_EF, hidden)
+    native_ops = torch.ops.gose_native
+    packed_EB = packed_matrix(w_EFD, transposed=transposed, changing=w_EFD.requires_grad)
+    y_NF: Tensor
+    if packed_EB is None:
+        y_NF = native_ops.grouped_gemm_raw(x_ND, w_EFD, offset_E1, bias_EF, transposed)
+    else:
+        y_NF = native_ops.grouped_gemm(x_ND, packed_EB, offset_E1, bias_EF, hidden)
     return y_NF
+
+
+def _cpu_backward(
+    grad_NF: Tensor,
+    x_ND: Tensor,
+    offset_E1: Tensor,
+    *,
+    transposed: bool = False,
+    bias: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check_backward(grad_NF, x_ND, offset_E1)
+    num_experts, (hidden, width) = offset_E1.numel() - 1, (grad_NF.shape[1], x_ND.shape[1])
+    shape = (num_experts, width, hidden) if transposed else (num_experts, hidden, width)
+    grad_w_EFD = memory.take(shape, x_ND.dtype)
+    grad_bias_EF = torch.ops.gose_native.grouped_gemm_backward(
+        grad_NF, x_ND, offset_E1, grad_w_EFD, transposed, bias
+    )
+    return grad_w_EFD, grad_bias_EF
 
 
 def _fake(
@@ -303,6 +327,7 @@ grouped_gemm = register(
 grouped_gemm_backward = register(
     "grouped_gemm_backward(Tensor grad_NF, Tensor x_ND, Tensor offset_E1, *, "
     "bool transposed=False, bool bias=False, str? backend=None) -> (Tensor, Tensor)",
+    native("cpu", _cpu_backward, torch.float32, torch.bfloat16, torch.float16),
     reference(grouped_gemm_backward_reference),
     fake=_backward_fake,
     setup_context=_backward_setup_context,
