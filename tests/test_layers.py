@@ -21,6 +21,7 @@ LAYERS = [
         "gose_kernels.masks",
         "gose_kernels.packing",
     ],
+    ["gose_kernels.shards"],
     ["gose_kernels.triton"],
     ["gose_kernels.ops"],
     ["gose_kernels.optim"],

@@ -17,22 +17,23 @@ struct Parallel {
 };
 
 // One line per kernel: X(name, params).
-#define GOSE_CPU_KERNELS(X)                  \
-  X(combine, CombineParams)                  \
-  X(combine_backward, CombineBackwardParams) \
-  X(entropy, EntropyParams)                  \
-  X(entropy_backward, EntropyBackwardParams) \
-  X(dispatch, DispatchParams)                \
-  X(route, RouteParams)                      \
-  X(route_backward, RouteBackwardParams)     \
-  X(masked_sgd, MaskedSgdParams)             \
-  X(masked_adam, MaskedAdamParams)           \
-  X(masked_lion, MaskedLionParams)           \
-  X(find_live, LiveParams)                   \
-  X(quantize, QuantizeParams)                \
-  X(dequantize, DequantizeParams)            \
-  X(pack, PackParams)                        \
-  X(expert_mlp, ExpertMlpParams)             \
+#define GOSE_CPU_KERNELS(X)                   \
+  X(combine, CombineParams)                   \
+  X(combine_backward, CombineBackwardParams)  \
+  X(entropy, EntropyParams)                   \
+  X(entropy_backward, EntropyBackwardParams)  \
+  X(dispatch, DispatchParams)                 \
+  X(route, RouteParams)                       \
+  X(route_backward, RouteBackwardParams)      \
+  X(masked_sgd, MaskedSgdParams)              \
+  X(masked_adam, MaskedAdamParams)            \
+  X(masked_lion, MaskedLionParams)            \
+  X(masked_square_sum, MaskedSquareSumParams) \
+  X(find_live, LiveParams)                    \
+  X(quantize, QuantizeParams)                 \
+  X(dequantize, DequantizeParams)             \
+  X(pack, PackParams)                         \
+  X(expert_mlp, ExpertMlpParams)              \
   X(grouped_gemm, GroupedGemmParams)
 
 // One line per level that is compiled, worst first: X(level).
