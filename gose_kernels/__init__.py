@@ -4,7 +4,7 @@
 reason. `gk.OPS` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
 """
 
-from gose_kernels import native, optim, packing, philox, profiling
+from gose_kernels import masks, native, optim, packing, philox, profiling
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.distill_loss import distill_loss
@@ -51,6 +51,7 @@ __all__ = [
     "masked_lion_",
     "masked_sgd_",
     "masked_square_sum",
+    "masks",
     "moe",
     "native",
     "optim",

@@ -25,6 +25,8 @@ from gose_kernels.ops.masked_square_sum import masked_square_sum
 from gose_kernels.ops.masked_update import masked_adam_, masked_lion_, masked_sgd_
 from gose_kernels.registry import Op
 
+__all__ = ["Importance", "MaskedAdamW", "MaskedLion", "MaskedSGD", "clip_grad_norm_"]
+
 # Rows and blocks of fewer elements have state even where frozen: their row map would outweigh it.
 _MIN_UNIT = 16
 
