@@ -67,6 +67,24 @@ def system_table() -> str:
     return "\n".join([*lines, "", _source(result)])
 
 
+def masked_table() -> str:
+    """Steps of AdamW, masked and not, against torch's fused one."""
+    result = _result("masked_update")
+    lines = ["| step | frozen | ms | against torch fused |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['way']} | {row['mask']} | {row['median_ms']:.1f} "
+            f"({row['min_ms']:.1f}-{row['max_ms']:.1f}) | {row['speedup']:.2f}x |"
+        )
+    share = result["state_share"]["rows 75 %"]
+    text = (
+        f"{result['parameters'] / 1e6:.0f} M float32 parameters, median (least-most) of "
+        f"{result['rounds']} rounds, each between two steps of torch fused. Memory of the state "
+        f"with 75 % of rows frozen: {share:.3f} of the whole."
+    )
+    return "\n".join([*lines, "", f"{text} {_source(result)}"])
+
+
 def packet_format() -> str:
     """The contract of a packet as gose.compress states it."""
     text = gose.compress.__doc__
@@ -78,6 +96,7 @@ BLOCKS = {
     "ops": ops_table,
     "claims": claims_table,
     "system": system_table,
+    "masked": masked_table,
     "packet": packet_format,
 }
 

@@ -1,6 +1,6 @@
-// masked_sgd_, masked_adam_, masked_lion_: one pass over all tensors of a list. Runs of frozen
-// units and vectors of frozen elements are skipped without loading them; in mixed vectors frozen
-// lanes are selected, so they keep their bits.
+// masked_sgd_, masked_adam_, masked_lion_, masked_square_sum: one pass over the tensors of a list.
+// Runs of frozen units and vectors of frozen elements are skipped without loading them; in mixed
+// vectors frozen lanes are selected, so they keep their bits.
 //
 // Compiled without contraction (setup.py): the same bits at every level.
 #include "draws.h"
@@ -30,9 +30,24 @@ inline vf sqrt(vf x) {
 #endif
 }
 
+// A bit per lane that is set, the first one lowest.
+inline uint32_t lane_bits(vi x) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)x);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)x);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(x[i] != 0) << i;
+  return bits;
+#endif
+}
+
 // What a step count does to adam's step; the other rules have no counts.
 struct Bias {
-  vf rate, root;  // lr / (1 - beta1^step), sqrt(1 - beta2^step)
+  vf rate, grow;  // lr / (1 - beta1^step), 1 / sqrt(1 - beta2^step): a division less by element
 };
 
 template <int kMoments>  // 1 with momentum, 0 without
@@ -64,7 +79,7 @@ struct Adam {
   // In float64: 1 - beta2^step cancels three digits at the first step.
   Bias bias(float step) const {
     const double left1 = 1 - pow(p.beta1, double(step)), left2 = 1 - pow(p.beta2, double(step));
-    return {splat(float(p.lr / left1)), splat(float(__builtin_sqrt(left2)))};
+    return {splat(float(p.lr / left1)), splat(float(1 / __builtin_sqrt(left2)))};
   }
   void operator()(const Bias& b, vf g, vf& param, vf* state) const {
     g = g * p.scale;
@@ -78,7 +93,7 @@ struct Adam {
       const vf old = state[2];
       highest = state[2] = select((old > highest) | (old != old), old, highest);
     }
-    param = param * p.keep - b.rate * (state[0] / (sqrt(highest) / b.root + p.eps));
+    param = param * p.keep - b.rate * (state[0] / (sqrt(highest) * b.grow + p.eps));
   }
 };
 
@@ -112,14 +127,16 @@ class Biases {
     return bias_[slot];
   }
 
-  // Of one vector of counts.
-  Bias of(vf step) {
-    Bias out = of(step[0]);
-    for (int i = 1; i < kLanes; ++i) {
-      if (step[i] == step[0]) continue;
-      const Bias& other = of(step[i]);
-      out.rate[i] = other.rate[0];
-      out.root[i] = other.root[0];
+  // Of one vector of counts, in the lanes of `live`.
+  Bias of(vf step, vi live) {
+    Bias out = {};
+    while (const uint32_t left = lane_bits(live)) {
+      const float value = step[__builtin_ctz(left)];
+      const vi same = ((vi)step == (vi)splat(value)) & live;
+      const Bias& bias = of(value);
+      out.rate = select(same, bias.rate, out.rate);
+      out.grow = select(same, bias.grow, out.grow);
+      live &= ~same;
     }
     return out;
   }
@@ -130,19 +147,6 @@ class Biases {
   float step_[16];
   Bias bias_[16];
 };
-
-// Whether no lane is set.
-inline bool none(vi x) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask((__m512i)x) == 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps((__m256)x) == 0;
-#elif defined(__SSE2__)
-  return _mm_movemask_ps((__m128)x) == 0;
-#else
-  return sum(x) == 0;
-#endif
-}
 
 // Where vectors are read and written: elements of the tensors, or of a padded copy.
 template <class Float>
@@ -297,6 +301,7 @@ struct Worker {
 template <class Float, class Rule>
 void update_units(Worker<Rule>& worker, const UpdateTensor& t, const Place<Float> to, int64_t begin,
                   int64_t end) {
+  const Rule rule = worker.rule;  // stores cannot change it: its numbers stay in registers
   Run run = next_run(t, begin / t.inner, begin, end);
   Ahead<Float, Rule::kStates> ahead(t, to, run, end);
   const bool gaps = run.begin > begin || run.end < end;
@@ -307,12 +312,12 @@ void update_units(Worker<Rule>& worker, const UpdateTensor& t, const Place<Float
     int64_t i = run.begin;
     for (; i + kLanes <= run.end; i += kLanes) {
       if (gaps) ahead.pass(kLanes);
-      update_vector(worker.rule, to, i, i + run.shift, bias, vi{}, worker.draw(t, i));
+      update_vector(rule, to, i, i + run.shift, bias, vi{}, worker.draw(t, i));
     }
     const int64_t rest = run.end - i;
     if (rest == 0) continue;
     if (gaps) ahead.pass(rest);
-    update_some(worker.rule, to, i, i + run.shift, rest, bias, vi{}, worker.draw(t, i));
+    update_some(rule, to, i, i + run.shift, rest, bias, vi{}, worker.draw(t, i));
   }
 }
 
@@ -338,31 +343,45 @@ inline vi frozen_lanes(const UpdateTensor& t, int64_t i, int64_t count) {
   return vi{};
 }
 
-// Elements [begin, end) with a mask value each.
+// Elements [begin, end) with a mask value each, and counts that are theirs alone.
 template <class Float, class Rule>
 void update_elements(Worker<Rule>& worker, const UpdateTensor& t, const Place<Float> to,
                      int64_t begin, int64_t end) {
-  const UpdateTensor own = t;  // stores cannot change it: its pointers stay in registers
+  const UpdateTensor own = t;  // see update_units
+  const Rule rule = worker.rule;
   Bias bias = own.step == nullptr || own.step_by_mask ? Bias() : worker.biases.of(own.step[0]);
+  const auto count = [&](vf step, vi kept) {
+    const vf next = select(kept, step, step + 1.f);
+    bias = worker.biases.of(next, ~kept);
+    return next;
+  };
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) {
     const vi kept = frozen_lanes(own, i, kLanes);
-    if (none(~kept)) continue;
-    if (own.step_by_mask) bias = worker.biases.of(load(own.step + i));
-    update_vector(worker.rule, to, i, i, bias, kept, worker.draw(own, i));
+    if (lane_bits(~kept) == 0) continue;
+    if (own.step_by_mask) store(own.step + i, count(load(own.step + i), kept));
+    update_vector(rule, to, i, i, bias, kept, worker.draw(own, i));
   }
   const int64_t rest = end - i;
   if (rest <= 0) return;
-  const vi kept = frozen_lanes(own, i, rest);
-  if (own.step_by_mask) bias = worker.biases.of(load_some(own.step + i, rest, 0.f));
-  update_some(worker.rule, to, i, i, rest, bias, kept, worker.draw(own, i));
+  const vi kept = frozen_lanes(own, i, rest) | (lane_ids() >= int32_t(rest));
+  if (own.step_by_mask) {
+    store_some(own.step + i, rest, count(load_some(own.step + i, rest, 0.f), kept));
+  }
+  update_some(rule, to, i, i, rest, bias, kept, worker.draw(own, i));
+}
+
+// Whether every element has a mask value, and state in its place.
+inline bool by_element(const UpdateTensor& t) {
+  return t.inner == 1 && t.row == nullptr && t.numel > 0;
 }
 
 // Pieces of chunks go to whichever thread is free: frozen ones take no time.
 template <class Float, class Rule>
 void update_list(const Rule& rule, const UpdateList& list, const Parallel& threads) {
   const int64_t chunks = list.count == 0 ? 0 : list.tensor[list.count - 1].end_chunk;
-  const int64_t share = chunks / 64, piece = share < 1 ? 1 : share > 16 ? 16 : share;
+  // Enough to share out, few enough that waits for memory at their beginnings do not count.
+  const int64_t piece = chunks < 64 ? 1 : chunks / 64;
   int64_t taken = 0;
   parallel_for(threads, chunks, list.grain, [&](int64_t, int64_t) {
     Worker<Rule> worker(rule, list.stochastic);
@@ -382,7 +401,7 @@ void update_list(const Rule& rule, const UpdateList& list, const Parallel& threa
                                  static_cast<const Float*>(t.grad),
                                  t.master,
                                  {t.state[0], t.state[1], t.state[2]}};
-        if (t.inner == 1 && t.row == nullptr) {
+        if (by_element(t)) {
           update_elements(worker, t, to, begin, end);
         } else {
           update_units(worker, t, to, begin, end);
@@ -399,14 +418,12 @@ void update(const Rule& rule, const UpdateList& list, const Parallel& threads) {
   update_list<float>(rule, list, threads);
 }
 
-// A pass of its own: a count of a row belongs to elements of several threads.
+// A pass of its own, but for counts of elements: those of rows belong to several threads.
 void count_steps(const UpdateList& list, const Parallel& threads) {
   for (int64_t n = 0; n < list.count; ++n) {
     const UpdateTensor& t = list.tensor[n];
-    if (!t.step_by_mask) {
-      t.step[0] += 1.f;
-      continue;
-    }
+    if (!t.step_by_mask) t.step[0] += 1.f;
+    if (!t.step_by_mask || by_element(t)) continue;
     parallel_for(threads, t.num_steps, 1 << 14, [&t](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j)
         t.step[j] = is_frozen(t, j) ? t.step[j] : t.step[j] + 1.f;
