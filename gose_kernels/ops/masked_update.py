@@ -4,8 +4,8 @@ For tensor n of the lists and element i, with g = grad[i] * grad_scale, negated 
 
     frozen[i]: param, moments, master and step keep their bits, whatever grad holds (NaN too)
     else, in the order of torch.optim:
-    sgd    g += weight_decay * p;  momentum != 0: m = momentum * m + g,  g = m or, with nesterov,
-           g + momentum * m;  p -= lr * g
+    sgd    g += weight_decay * p;  momentum != 0: m = momentum * m + (1 - dampening) * g, then
+           g = m or, with nesterov, g + momentum * m;  p -= lr * g
     adam   step += 1;  decoupled: p *= 1 - lr * weight_decay, else g += weight_decay * p
            m += (1 - beta1) * (g - m);  v = beta2 * v + (1 - beta2) * g * g
            w = max(w, v) with amsgrad, else v
