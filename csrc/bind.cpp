@@ -95,41 +95,40 @@ Tensor route_backward(Tensor options, Tensor score_TE, int64_t top_k,
   return same ? grad : torch::stable::to(grad, ranked.scalar_type());
 }
 
-void masked_sgd(Tensors param, Tensors grad, Tensors momentum_buffer, Tensors frozen, Tensor lr,
-                std::optional<Tensor> grad_scale, double momentum, double weight_decay,
-                bool nesterov, bool maximize) {
+void masked_sgd(Tensors param, Tensors grad, Tensors state, Tensors step, Tensors master,
+                Tensors frozen, Tensors row, Tensor lr, std::optional<Tensor> grad_scale,
+                std::vector<double> threshold, std::vector<int64_t> seed,
+                std::vector<int64_t> start, int64_t draw, double momentum, double dampening,
+                double weight_decay, bool nesterov, bool maximize) {
   const char* op = "masked_sgd_";
   if (nesterov && !(momentum > 0)) refuse(op, ": nesterov needs momentum > 0, got ", momentum);
-  const std::vector<UpdateState> lists = {{"grad", grad, true},
-                                          {"momentum_buffer", momentum_buffer, momentum != 0}};
+  const UpdateArguments a = {op,  param, grad,       state,     step, master, frozen,
+                             row, lr,    grad_scale, threshold, seed, start,  draw};
   const double rate = scalar_of(op, "lr", lr);
-  const float scale = scale_of(op, grad_scale, maximize);
-  check_update(op, param, frozen, lists);
-  UpdateCall(op, param, lists, {}, frozen).run([&](const UpdateList& list) {
+  const float scale = scale_of(a, maximize);
+  UpdateCall(a, momentum != 0, false).run([&](const UpdateList& list) {
     cpu::kernels().masked_sgd({.list = list,
                                .lr = float(rate),
                                .scale = scale,
                                .momentum = float(momentum),
                                .weight_decay = float(weight_decay),
+                               .undamped = float(1 - dampening),
                                .nesterov = nesterov},
                               kTorchThreads);
   });
 }
 
-void masked_adam(Tensors param, Tensors grad, Tensors exp_avg, Tensors exp_avg_sq,
-                 Tensors max_exp_avg_sq, Tensors step, Tensors frozen, Tensor lr,
-                 std::optional<Tensor> grad_scale, double beta1, double beta2, double eps,
+void masked_adam(Tensors param, Tensors grad, Tensors state, Tensors step, Tensors master,
+                 Tensors frozen, Tensors row, Tensor lr, std::optional<Tensor> grad_scale,
+                 std::vector<double> threshold, std::vector<int64_t> seed,
+                 std::vector<int64_t> start, int64_t draw, double beta1, double beta2, double eps,
                  double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
   const char* op = "masked_adam_";
-  const std::vector<UpdateState> lists = {{"grad", grad, true},
-                                          {"exp_avg", exp_avg, true},
-                                          {"exp_avg_sq", exp_avg_sq, true},
-                                          {"max_exp_avg_sq", max_exp_avg_sq, amsgrad}};
+  const UpdateArguments a = {op,  param, grad,       state,     step, master, frozen,
+                             row, lr,    grad_scale, threshold, seed, start,  draw};
   const double rate = scalar_of(op, "lr", lr);
-  const float scale = scale_of(op, grad_scale, maximize);
-  check_update(op, param, frozen, lists);
-  check_step(op, step, param, frozen);
-  UpdateCall(op, param, lists, step, frozen).run([&](const UpdateList& list) {
+  const float scale = scale_of(a, maximize);
+  UpdateCall(a, amsgrad ? 3 : 2, true).run([&](const UpdateList& list) {
     cpu::kernels().masked_adam({.list = list,
                                 .lr = rate,
                                 .beta1 = beta1,
@@ -143,15 +142,17 @@ void masked_adam(Tensors param, Tensors grad, Tensors exp_avg, Tensors exp_avg_s
   });
 }
 
-void masked_lion(Tensors param, Tensors grad, Tensors exp_avg, Tensors frozen, Tensor lr,
-                 std::optional<Tensor> grad_scale, double beta1, double beta2, double weight_decay,
-                 bool maximize) {
+void masked_lion(Tensors param, Tensors grad, Tensors state, Tensors step, Tensors master,
+                 Tensors frozen, Tensors row, Tensor lr, std::optional<Tensor> grad_scale,
+                 std::vector<double> threshold, std::vector<int64_t> seed,
+                 std::vector<int64_t> start, int64_t draw, double beta1, double beta2,
+                 double weight_decay, bool maximize) {
   const char* op = "masked_lion_";
-  const std::vector<UpdateState> lists = {{"grad", grad, true}, {"exp_avg", exp_avg, true}};
+  const UpdateArguments a = {op,  param, grad,       state,     step, master, frozen,
+                             row, lr,    grad_scale, threshold, seed, start,  draw};
   const double rate = scalar_of(op, "lr", lr);
-  const float scale = scale_of(op, grad_scale, maximize);
-  check_update(op, param, frozen, lists);
-  UpdateCall(op, param, lists, {}, frozen).run([&](const UpdateList& list) {
+  const float scale = scale_of(a, maximize);
+  UpdateCall(a, 1, false).run([&](const UpdateList& list) {
     cpu::kernels().masked_lion({.list = list,
                                 .lr = float(rate),
                                 .scale = scale,
@@ -259,6 +260,14 @@ std::string micro_kernel(std::string dtype) {
 int64_t scratch_bytes() { return ScratchPool::of_process().held(); }
 
 void release_scratch() { ScratchPool::of_process().release(); }
+
+Tensor masked_square_sum(Tensors grad, Tensors frozen, std::vector<double> threshold) {
+  SquareSumCall call("masked_square_sum", grad, frozen, threshold);
+  Tensor out = torch::stable::new_empty(grad.at(0), {int64_t(grad.size())}, ScalarType::Double);
+  cpu::kernels().masked_square_sum(call.params(static_cast<double*>(out.mutable_data_ptr())),
+                                   kTorchThreads);
+  return out;
+}
 
 void run_find_live(const LiveParams& params) { cpu::kernels().find_live(params, kTorchThreads); }
 
@@ -407,19 +416,19 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "combine_backward(Tensor grad_TD, Tensor y_ND, Tensor weight_TK, Tensor row_TK) -> "
       "(Tensor, Tensor)");
-  m.def(
-      "masked_sgd_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] momentum_buffer, "
-      "Tensor[] frozen, Tensor lr, Tensor? grad_scale, float momentum, float weight_decay, "
-      "bool nesterov, bool maximize) -> ()");
-  m.def(
-      "masked_adam_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, "
-      "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] max_exp_avg_sq, Tensor(e!)[] step, Tensor[] frozen, "
-      "Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, "
-      "bool decoupled, bool amsgrad, bool maximize) -> ()");
-  m.def(
-      "masked_lion_(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] exp_avg, Tensor[] frozen, "
-      "Tensor lr, Tensor? grad_scale, float beta1, float beta2, float weight_decay, "
-      "bool maximize) -> ()");
+#define GOSE_UPDATE_ARGUMENTS                                                           \
+  "(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] state, Tensor(c!)[] step, "         \
+  "Tensor(d!)[] master, Tensor[] frozen, Tensor[] row, Tensor lr, Tensor? grad_scale, " \
+  "float[] threshold, int[] seed, int[] start, int draw, "
+  m.def("masked_sgd_" GOSE_UPDATE_ARGUMENTS
+        "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()");
+  m.def("masked_square_sum(Tensor[] grad, Tensor[] frozen, float[] threshold) -> Tensor");
+  m.def("masked_adam_" GOSE_UPDATE_ARGUMENTS
+        "float beta1, float beta2, float eps, float weight_decay, bool decoupled, bool amsgrad, "
+        "bool maximize) -> ()");
+  m.def("masked_lion_" GOSE_UPDATE_ARGUMENTS
+        "float beta1, float beta2, float weight_decay, bool maximize) -> ()");
+#undef GOSE_UPDATE_ARGUMENTS
   m.def(
       "quantize(Tensor x_P, Tensor? residual_P, Tensor? frozen_P, str format, str rounding, "
       "int seed, int step) -> (Tensor, Tensor, Tensor)");
@@ -496,6 +505,7 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("grouped_gemm", TORCH_BOX(&gose::grouped_gemm));
   m.impl("grouped_gemm_raw", TORCH_BOX(&gose::grouped_gemm_raw));
   m.impl("grouped_gemm_backward", TORCH_BOX(&gose::grouped_gemm_backward));
+  m.impl("masked_square_sum", TORCH_BOX(&gose::masked_square_sum));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CompositeExplicitAutograd, m) {

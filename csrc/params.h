@@ -116,28 +116,46 @@ struct RouteBackwardParams {
 
 constexpr int64_t kUpdateChunk = 4096;  // elements that one thread updates at a time: 64 to 128 KB
 
-struct UpdateTensor {     // one entry of the lists; all tensors are contiguous
-  float* param;           // [numel]
-  const float* grad;      // [numel]
-  float* state[3];        // [numel] each
-  float* step;            // [num_steps]: per mask value with step_by_mask, else 1; may be nullptr
-  const uint8_t* frozen;  // [numel / inner], not 0 = must not change; nullptr = nothing is frozen
-  int64_t numel, inner;   // elements; elements per value of the mask
+enum class MaskKind : int32_t { kNone, kBytes, kBits, kScores };
+
+struct UpdateTensor {  // one entry of the lists; all tensors are contiguous
+  void* param;         // [numel] dtype
+  const void* grad;    // [numel] dtype
+  float* master;       // the parameter in float32, laid out as a state; nullptr = there is none
+  float* state[3];     // [numel] each, or [slots, inner] with `row`
+  float* step;         // [num_steps]: per mask value with step_by_mask, else 1; may be nullptr
+  const void* frozen;  // by kind, per unit of `inner` elements: a byte that is not 0, a bit (low
+                       // first, inner = 1), or a score >= threshold: must not change
+  const int32_t* row;  // [numel / inner] slot of a unit's state, -1 = none; nullptr = its own place
+  int64_t numel, inner;  // elements; elements of a unit
   int64_t num_steps;
-  int64_t end_chunk;  // chunks of this tensor and of those before it
+  int64_t end_chunk;    // chunks of this tensor and of those before it
+  int64_t seed, start;  // of the draws: the seed, and element 0 in the whole tensor
+  float threshold;
+  MaskKind kind;
   bool step_by_mask;
 };
 
 struct UpdateList {
   const UpdateTensor* tensor;  // [count]
   int64_t count, grain;        // grain: chunks that are worth a thread
+  int64_t draw;                // step number of the draws
+  DType dtype;                 // of param and grad: float32 or bfloat16
+  bool stochastic;             // bfloat16 without master: rounded by draws, else to nearest
 };
 
 struct MaskedSgdParams {  // the formulas are in gose_kernels/ops/masked_update.py
   UpdateList list;
   float lr, scale;  // scale: grad_scale or 1, negated for maximize
   float momentum, weight_decay;
+  float undamped;  // 1 - dampening
   bool nesterov;
+};
+
+struct MaskedSquareSumParams {  // out[n] = sum of squares of the live elements of grad n
+  UpdateList list;              // grad and masks alone
+  double* partial;              // [chunks]
+  double* out;                  // [count]
 };
 
 struct MaskedAdamParams {

@@ -4,7 +4,7 @@
 reason. `gk.OPS` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
 """
 
-from gose_kernels import memory, native, optim, packing, philox, profiling
+from gose_kernels import masks, memory, native, optim, packing, philox, profiling
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.distill_loss import distill_loss
@@ -12,6 +12,7 @@ from gose_kernels.ops.entropy import entropy
 from gose_kernels.ops.expert_mlp import expert_mlp, expert_mlp_packed
 from gose_kernels.ops.grouped_gemm import grouped_gemm
 from gose_kernels.ops.low_rank import low_rank
+from gose_kernels.ops.masked_square_sum import masked_square_sum
 from gose_kernels.ops.masked_update import masked_adam_, masked_lion_, masked_sgd_
 from gose_kernels.ops.moe import moe
 from gose_kernels.ops.quantize import (
@@ -49,6 +50,8 @@ __all__ = [
     "masked_adam_",
     "masked_lion_",
     "masked_sgd_",
+    "masked_square_sum",
+    "masks",
     "memory",
     "moe",
     "native",

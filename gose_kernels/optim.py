@@ -10,33 +10,69 @@ gradient norms. With nothing frozen the trajectories are those of torch.optim up
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.optimizer import ParamsT
 
-from gose_kernels.masks import check_frozen
+from gose_kernels import masks, shards
+from gose_kernels.masks import Frozen, Importance
+from gose_kernels.ops.masked_square_sum import masked_square_sum
 from gose_kernels.ops.masked_update import masked_adam_, masked_lion_, masked_sgd_
+from gose_kernels.registry import Op
 
-FreezeState = Literal["paused", "dropped"]
+__all__ = ["Importance", "MaskedAdamW", "MaskedLion", "MaskedSGD", "clip_grad_norm_"]
 
-
-def _live_grad(param: Tensor, frozen: Mapping[Tensor, Tensor]) -> Tensor:
-    """The gradient with 0 in place of frozen elements: what norms are made of."""
-    grad = cast(Tensor, param.grad)
-    return torch.where(frozen[param], 0, grad) if param in frozen else grad
+# Rows and blocks of fewer elements have state even where frozen: their row map would outweigh it.
+_MIN_UNIT = 16
 
 
-def _total_norm(
-    params: Iterable[Tensor], frozen: Mapping[Tensor, Tensor], norm_type: float
-) -> Tensor:
-    return torch.nn.utils.get_total_norm(
-        [_live_grad(p, frozen) for p in params if p.grad is not None], norm_type
+def _square_norm(params: Iterable[Tensor], frozen: Mapping[Tensor, Frozen]) -> Tensor:
+    """Sum of squares of all live gradient elements, over all shards, float64."""
+    alike: dict[Any, list[Tensor]] = {}
+    for p in params:
+        if p.grad is not None:
+            alike.setdefault((p.device, p.dtype, *shards.layout(p)), []).append(p)
+    total = torch.zeros((), dtype=torch.float64)
+    for group in alike.values():
+        found = [frozen.get(p) for p in group]
+        grads = [shards.local(cast(Tensor, p.grad)) for p in group]
+        mask, threshold = _mask_lists(found, group[0].device)
+        own = masked_square_sum(grads, mask, threshold=threshold).sum()
+        total = total.to(own.device) + shards.sum_over(group[0], own)
+    return total
+
+
+def _mask_lists(
+    frozen: Sequence[Frozen | None], device: torch.device
+) -> tuple[list[Tensor], list[float]]:
+    """`frozen` and `threshold` of an op for parameters with these masks."""
+    if all(f is None for f in frozen):
+        return [], []
+    free = torch.zeros((), dtype=torch.bool, device=device)
+    scores = any(f is not None and f.mask.dtype == torch.float32 for f in frozen)
+    return (
+        [free if f is None else f.mask for f in frozen],
+        [0.0 if f is None else f.threshold for f in frozen] if scores else [],
     )
+
+
+def _norm(params: Sequence[Tensor], frozen: Mapping[Tensor, Frozen], norm_type: float) -> Tensor:
+    """The norm of all live gradient elements."""
+    if norm_type == 2.0:
+        widest = any(p.dtype == torch.float64 for p in params)
+        return _square_norm(params, frozen).sqrt().to(torch.float64 if widest else torch.float32)
+    grads = []
+    for p in params:
+        if p.grad is not None:
+            mask = frozen[p].spread(shards.local(p).shape) if p in frozen else None
+            live = p.grad if mask is None else torch.where(shards.like(p, mask), 0, p.grad)
+            grads.append(live)
+    return shards.whole(torch.nn.utils.get_total_norm(grads, norm_type))
 
 
 @torch.no_grad()
@@ -44,22 +80,26 @@ def clip_grad_norm_(
     params: Tensor | Iterable[Tensor],
     max_norm: float,
     *,
-    frozen: Mapping[Tensor, Tensor] | None = None,
+    frozen: Mapping[Any, Tensor | Importance] | None = None,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
     """Norm of all live gradient elements before they are scaled to at most max_norm, in place.
 
-    As torch.nn.utils.clip_grad_norm_, except that elements with True in `frozen` (parameter -> bool
-    tensor, broadcastable to it) count in no norm and keep their gradient's bits. With
-    error_if_nonfinite a norm that is NaN or infinite raises RuntimeError and nothing is scaled.
+    As torch.nn.utils.clip_grad_norm_, except that elements that are frozen (`frozen` as in
+    MaskedAdamW) count in no norm and keep their gradient's bits. Of DTensors the norm is that of
+    all shards. With error_if_nonfinite a norm that is NaN or infinite raises RuntimeError and
+    nothing is scaled.
     """
     params = [params] if isinstance(params, Tensor) else list(params)
-    frozen = {} if frozen is None else frozen
-    for p in params:
-        if p in frozen:
-            check_frozen("clip_grad_norm_: a mask in frozen", frozen[p], "its parameter", p.shape)
-    norm = _total_norm(params, frozen, norm_type)
+    given = {} if frozen is None else frozen
+    where = "clip_grad_norm_: a mask in frozen"
+    found = {
+        p: masks.frozen(where, shards.cut(where, p, given[p]), shards.local(p).shape)
+        for p in params
+        if p in given
+    }
+    norm = _norm(params, found, norm_type)
     if error_if_nonfinite and not bool(norm.isfinite()):
         raise RuntimeError(
             f"clip_grad_norm_: the norm of order {norm_type} of the live gradients is {float(norm)}"
@@ -67,8 +107,11 @@ def clip_grad_norm_(
     scale = _clip_scale(norm, max_norm)
     for p in params:
         if p.grad is not None:
-            scaled = p.grad * scale.to(p.grad)
-            p.grad.copy_(torch.where(frozen[p], p.grad, scaled) if p in frozen else scaled)
+            grad = shards.local(p.grad)
+            scaled = grad * scale.to(grad)
+            if p in found:
+                scaled = torch.where(found[p].spread(grad.shape), grad, scaled)
+            grad.copy_(scaled)
     return norm
 
 
@@ -76,167 +119,321 @@ def _clip_scale(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6: torch.nn.utils.clip_grad_norm_
 
 
+class Masking(TypedDict, total=False):
+    """Options that the three optimizers share."""
+
+    frozen: Mapping[Parameter, Tensor | Importance] | None
+    freeze_state: Literal["paused", "dropped"]
+    max_grad_norm: float | None
+    bfloat16: Literal["master", "stochastic"]
+    seed: int
+    backend: str | None
+
+
+class _Lists(NamedTuple):
+    """Parameters that one call of an op updates."""
+
+    params: list[Parameter]
+    fresh: bool  # whether this is their first step
+
+
 class _MaskedOptimizer(torch.optim.Optimizer):
     """What the three optimizers share: masks, the loop over tensors, checkpoints."""
 
-    def __init__(
-        self,
-        params: ParamsT,
-        defaults: dict[str, Any],
-        frozen: Mapping[Parameter, Tensor] | None,
-        freeze_state: FreezeState,
-        max_grad_norm: float | None,
-        backend: str | None,
-    ) -> None:
+    _op: ClassVar[Op]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], masking: Masking) -> None:
         name = type(self).__name__
-        if freeze_state not in ("paused", "dropped"):
+        if unknown := set(masking) - set(Masking.__annotations__):
+            raise TypeError(f"{name}: no option named {min(unknown)!r}")
+        self.freeze_state = masking.get("freeze_state", "paused")
+        self.max_grad_norm = masking.get("max_grad_norm")
+        self.bfloat16 = masking.get("bfloat16", "master")
+        self.seed = masking.get("seed", 0)
+        self.backend = masking.get("backend")
+        self._frozen: dict[Tensor, Frozen] = {}
+        if self.freeze_state not in ("paused", "dropped"):
             raise ValueError(
-                f"{name}: freeze_state must be paused or dropped, got {freeze_state!r}"
+                f"{name}: freeze_state must be paused or dropped, got {self.freeze_state!r}"
             )
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"{name}: max_grad_norm must be positive, got {max_grad_norm}")
+        if self.bfloat16 not in ("master", "stochastic"):
+            raise ValueError(
+                f"{name}: bfloat16 must be master or stochastic, got {self.bfloat16!r}"
+            )
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"{name}: max_grad_norm must be positive, got {self.max_grad_norm}")
         for option in ("lr", "weight_decay", "eps", "momentum"):
             if option in defaults and not defaults[option] >= 0:
                 raise ValueError(f"{name}: {option} must be at least 0, got {defaults[option]}")
         for index, beta in enumerate(defaults.get("betas", ())):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name}: betas[{index}] must be in [0, 1), got {beta}")
+        if self.bfloat16 == "stochastic":
+            defaults = {**defaults, "draw": 0}  # steps made, which the draws depend on
         super().__init__(params, defaults)
-        self.freeze_state = freeze_state
-        self.max_grad_norm = max_grad_norm
-        self.backend = backend
-        self._frozen: dict[Tensor, Tensor] = {}
-        for param, mask in (frozen or {}).items():
+        # GradScaler leaves its scale in self.grad_scale: unscaling is part of the step.
+        self._step_supports_amp_scaling = True
+        for param, mask in (masking.get("frozen") or {}).items():
             self.set_frozen(param, mask)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("freeze_state", "max_grad_norm", "backend", "_frozen")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        own = ("freeze_state", "max_grad_norm", "bfloat16", "seed", "backend", "_frozen")
+        kept = {name: getattr(self, name) for name in (*own, "_step_supports_amp_scaling")}
+        return {**super().__getstate__(), **kept}
 
     @property
     def frozen(self) -> Mapping[Tensor, Tensor]:
-        """The masks in force: parameter -> bool tensor that broadcasts to it."""
-        return MappingProxyType(self._frozen)
+        """The masks in force: parameter -> bool tensor, one value per run of elements.
+
+        Its sizes divide the parameter's; of a DTensor it is a DTensor.
+        """
+        return MappingProxyType({p: shards.like(p, f.as_bool()) for p, f in self._frozen.items()})
 
     @torch.no_grad()
-    def set_frozen(self, param: Tensor, mask: Tensor | None) -> None:
+    def set_frozen(self, param: Tensor, mask: Tensor | Importance | None) -> None:
         """From the next step on, exactly the elements of `param` with True in `mask` are frozen.
 
-        mask: bool, broadcastable to param, copied; None releases all. An element frozen later keeps
-        its moments and step count for its release ("paused"), or loses them at once ("dropped").
-        Released elements count their own steps, so bias correction is right for each of them.
+        mask: as in `frozen` of the constructor, bool masks copied; None releases all. An element
+        frozen later keeps its moments and step count for its release ("paused"), or loses them at
+        once ("dropped"). Released elements count their own steps, so bias correction is right for
+        each of them.
         """
-        name = type(self).__name__
+        where = f"{type(self).__name__}.set_frozen: mask"
         if not any(param is p for p in self._params()):
-            raise ValueError(f"{name}.set_frozen: the parameter is not in this optimizer")
+            raise ValueError(
+                f"{type(self).__name__}.set_frozen: the parameter is not in this optimizer"
+            )
         if mask is None:
             mask = torch.zeros((), dtype=torch.bool)
-        check_frozen(f"{name}.set_frozen: mask", mask, "the parameter", param.shape)
-        mask = mask.detach().to(param.device, copy=True)
-        before = self._frozen.get(param, mask.new_zeros(()))
-        if param in self.state:
-            mask = self._carry(self.state[param], before, mask)
-        self._frozen[param] = mask
+        if isinstance(mask, Importance) and self.freeze_state == "dropped":
+            raise ValueError(
+                f"{where} may be an Importance with freeze_state='paused' only: "
+                "what it freezes changes at any time"
+            )
+        shape = shards.local(param).shape
+        now = masks.frozen(where, shards.cut(where, param, mask), shape).to(param.device)
+        if self.state.get(param):
+            now = self._carry(param, now)
+        self._frozen[param] = now
 
-    def _carry(self, state: dict[str, Any], before: Tensor, mask: Tensor) -> Tensor:
-        """State moved from one mask to the next; returns the mask in the shape its counts need."""
-        frozen_now = mask & ~before
-        if self.freeze_state == "dropped":
-            for name, moment in state.items():
-                if name != "step" and moment is not None:
-                    moment.copy_(torch.where(frozen_now, 0, moment))
-        if "step" not in state:
-            return mask
-        count = state["step"]
-        if count.dim() == 0 and not bool((before & ~mask).any()):
-            # One count serves the live elements still, if no frozen one has another count than 0.
-            unchanged = before.shape == mask.shape and not bool(frozen_now.any())
-            if unchanged or (self.freeze_state == "dropped" and mask.dim() > 0):
-                return mask
+    def _carry(self, param: Tensor, now: Frozen) -> Frozen:
+        """State moved to the mask `now`; returns that mask in the shape its counts need."""
+        state, p = self.state[param], shards.local(param)
+        before = self._frozen.get(param) or masks.free(p)
+        common = masks.common_shape(before.shape, now.shape, p.shape)
+        was, will = before.spread(common), now.spread(common)
+        dropped = will & ~was if self.freeze_state == "dropped" else None
+        if "step" in state:
+            now = self._carry_counts(param, before, now, was, will, dropped)
+        had = self._expand(param)
+        if dropped is not None:
+            for name in self._elementwise(state):
+                moment = shards.local(state[name])
+                fresh = p.to(moment.dtype) if name == "master" else 0
+                moment.copy_(torch.where(masks.spread(dropped, p.shape), fresh, moment))
+        wanted = ~now.as_bool()
+        if dropped is None:
+            wanted |= had.view(wanted.numel(), -1).any(dim=1).view(wanted.shape)
+        self._compact(param, now, wanted)
+        return now
+
+    def _carry_counts(
+        self,
+        param: Tensor,
+        before: Frozen,
+        now: Frozen,
+        was: Tensor,
+        will: Tensor,
+        dropped: Tensor | None,
+    ) -> Frozen:
+        """Step counts moved to the mask `now`; was, will, dropped: in the shape of both masks."""
+        state = self.state[param]
+        count = shards.local(state["step"])
+        scores = now.mask.dtype == torch.float32
+        # One count serves the live elements still, if no frozen one has another count than 0.
+        differs = was & ~will if dropped is not None else was ^ will
+        if count.dim() == 0 and not scores and not bool(differs.any()):
+            return now
         if count.shape != before.shape:  # one count and a mask from the first step on
-            count = torch.where(before, 0, count)
-        if self.freeze_state == "dropped":
-            count = torch.where(frozen_now, 0, count)
-        shape = (count != mask).shape
-        state["step"] = count.expand(shape).clone()
-        return mask.expand(shape).clone()
+            count = torch.where(before.as_bool(), 0, count)
+        count = masks.spread(count, was.shape)
+        if dropped is not None:
+            count = torch.where(dropped, 0, count)
+        if was.shape != torch.Size(now.shape):
+            if scores:
+                raise ValueError(
+                    f"{type(self).__name__}.set_frozen: an Importance must have scores as fine as "
+                    f"the mask before it, {tuple(was.shape)}, got {now.shape}"
+                )
+            now = masks.frozen("", will, shards.local(param).shape)
+        state["step"] = shards.like(param, count.clone())
+        return now
 
-    def _params(self) -> list[Tensor]:
+    @staticmethod
+    def _elementwise(state: dict[str, Any]) -> list[str]:
+        """Names of the state tensors with a value per element of the parameter."""
+        return [n for n, t in state.items() if n not in ("step", "row") and t is not None]
+
+    def _expand(self, param: Tensor) -> Tensor:
+        """State in the parameter's shape; returns which elements had some, as a flat tensor."""
+        state, p = self.state[param], shards.local(param)
+        if "row" not in state:
+            return torch.ones((), dtype=torch.bool, device=p.device).expand(p.numel())
+        row: Tensor = state.pop("row")
+        had = row >= 0
+        for name in self._elementwise(state):
+            dense = p.to(state[name].dtype, copy=True) if name == "master" else None
+            dense = state[name].new_zeros(p.shape) if dense is None else dense
+            dense.view(len(row), -1)[had] = state[name]
+            state[name] = dense
+        return had.unsqueeze(1).expand(-1, p.numel() // max(1, len(row))).reshape(-1)
+
+    def _compact(self, param: Tensor, frozen: Frozen, wanted: Tensor) -> None:
+        """State of the wanted units of a mask alone, where that saves memory."""
+        state = self.state[param]
+        names = self._elementwise(state)
+        row = self._row(param, frozen, wanted)
+        if row is None or not names:
+            return
+        for name in names:
+            state[name] = state[name].view(len(row), -1)[row >= 0]
+        state["row"] = row
+
+    def _row(self, param: Tensor, frozen: Frozen, wanted: Tensor) -> Tensor | None:
+        """The row map of the wanted units; None where all are wanted or state must stay dense."""
+        inner = param.numel() // max(1, wanted.numel())
+        dense = inner < _MIN_UNIT or frozen.mask.dtype != torch.bool or shards.layout(param)
+        if dense or bool(wanted.all()):
+            return None
+        units = wanted.reshape(-1)
+        return torch.where(units, units.cumsum(0) - 1, -1).to(torch.int32)
+
+    def _params(self) -> list[Parameter]:
         return [p for group in self.param_groups for p in group["params"]]
 
     @abstractmethod
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Names of the state tensors shaped like a parameter."""
+        """Names of the moments, in the order of the op."""
 
     @abstractmethod
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        frozen: list[Tensor],
-        lr: Tensor,
-        grad_scale: Tensor | None,
-    ) -> None:
-        """One step of these parameters by the optimizer's op."""
+    def _options(self, group: dict[str, Any], fresh: bool) -> dict[str, Any]:
+        """Options of the op; fresh: at the first step of its parameters."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step on the live elements of parameters with a gradient; the closure's loss."""
+        """One step on the live elements of parameters with a gradient; the closure's loss.
+
+        Unscaling (by a GradScaler), clipping and the update are one pass over the tensors.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale = None
+        found_inf, loss_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return loss
+        grad_scale = None if loss_scale is None else loss_scale.double().reciprocal().reshape(())
         if self.max_grad_norm is not None:
-            norm = _total_norm(self._params(), self._frozen, 2.0)
-            grad_scale = _clip_scale(norm, self.max_grad_norm)
+            norm = _norm(self._params(), self._frozen, 2.0)
+            unscaled = norm if grad_scale is None else norm * grad_scale.to(norm.device)
+            clip = _clip_scale(unscaled, self.max_grad_norm)
+            grad_scale = clip if grad_scale is None else clip * grad_scale.to(clip.device)
         for group in self.param_groups:
-            alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            alike: dict[Any, _Lists] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault((p.device, p.dtype), []).append(p)
-            for (device, _), params in alike.items():
-                self._step_alike(group, params, device, grad_scale)
+                    fresh = not self.state.get(p)
+                    key = (p.device, p.dtype, fresh)
+                    alike.setdefault(key, _Lists([], fresh)).params.append(p)
+            for lists in alike.values():
+                self._step_alike(group, lists, grad_scale)
+            if "draw" in group:
+                group["draw"] += 1
         return loss
 
-    def _step_alike(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        device: torch.device,
-        grad_scale: Tensor | None,
-    ) -> None:
+    def _step_alike(self, group: dict[str, Any], lists: _Lists, grad_scale: Tensor | None) -> None:
         """The step of one group's parameters of one device and dtype."""
+        params, device = lists.params, lists.params[0].device
+        half = params[0].dtype == torch.bfloat16
+        drawn = half and self.bfloat16 == "stochastic"
         for p in params:
-            grad = cast(Tensor, p.grad)
-            if grad.is_sparse:
+            if cast(Tensor, p.grad).is_sparse:
                 raise ValueError(
                     f"{type(self).__name__}: a gradient is sparse; pass grad.to_dense()"
                 )
-            state = self.state[p]
-            for name in self._moments(group):
-                if state.get(name) is None:
-                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        free = torch.zeros((), dtype=torch.bool, device=device)
-        any_frozen = any(p in self._frozen for p in params)
-        frozen = [self._frozen.get(p, free) for p in params] if any_frozen else []
+            self._add_state(group, p, with_master=half and not drawn)
+        states = [self.state[p] for p in params]
+        empty = torch.zeros(0, dtype=torch.int32, device=device)
         lr = group["lr"]
         if isinstance(lr, Tensor):
             lr = lr.detach().reshape(())
         else:
             lr = torch.full((), lr, dtype=torch.float64, device=device)
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(device)
-        self._update(group, params, [cast(Tensor, p.grad) for p in params], frozen, lr, grad_scale)
+        frozen, threshold = _mask_lists([self._frozen.get(p) for p in params], device)
+        options = self._options(group, lists.fresh)
+        if drawn:
+            index = {p: n for n, p in enumerate(self._params())}
+            options["seed"] = [self.seed + index[p] for p in params]
+            options["start"] = [shards.first_element(p) for p in params]
+            options["draw"] = group["draw"]
+        self._op(
+            [shards.local(p) for p in params],
+            [shards.local_grad(p) for p in params],
+            [shards.local(s[name]) for name in self._moments(group) for s in states],
+            [shards.local(s["step"]) for s in states if "step" in s],
+            [shards.local(s["master"]) for s in states] if half and not drawn else [],
+            frozen,
+            [s.get("row", empty) for s in states] if any("row" in s for s in states) else [],
+            lr,
+            None if grad_scale is None else grad_scale.to(device),
+            threshold=threshold,
+            **options,
+            backend=self.backend,
+        )
+
+    def _add_state(self, group: dict[str, Any], p: Parameter, with_master: bool) -> None:
+        """State that the step needs and p has not got: none for units that are frozen."""
+        names = (*self._moments(group), *(("master",) if with_master else ()))
+        missing = [name for name in names if self.state.get(p, {}).get(name) is None]
+        if not missing:
+            return
+        state = self.state[p]
+        frozen = self._frozen.get(p)
+        if frozen is not None and not self._elementwise(state):
+            row = self._row(p, frozen, ~frozen.as_bool())
+            if row is not None:
+                state["row"] = row
+        wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+        for name in missing:
+            if (row := state.get("row")) is None:
+                like = p.detach()
+                state[name] = (
+                    like.to(wide, copy=True)
+                    if name == "master"
+                    else torch.zeros_like(like, dtype=wide, memory_format=torch.preserve_format)
+                )
+                continue
+            units = p.detach().reshape(len(row), -1)
+            state[name] = (
+                units[row >= 0].to(wide)
+                if name == "master"
+                else units.new_zeros(int((row >= 0).sum()), units.shape[1], dtype=wide)
+            )
+        if self._op is masked_adam_ and "step" not in state:
+            by_score = frozen is not None and frozen.mask.dtype == torch.float32
+            shape = frozen.shape if frozen is not None and by_score else ()
+            count = torch.zeros(shape, dtype=torch.float32, device=p.device)
+            state["step"] = shards.like(p, count) if by_score else count
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.Optimizer's, with every mask as "frozen" in its parameter's state."""
+        """As torch.optim.Optimizer's, with every mask as "frozen" in its parameter's state, and
+        "row" where the state of frozen rows or blocks is left out."""
         packed = super().state_dict()
+        found = self.frozen
         for index, param in enumerate(self._params()):
-            if param in self._frozen:
+            if param in found:
                 entry = packed["state"].get(index, {})
-                packed["state"][index] = {**entry, "frozen": self._frozen[param].clone()}
+                packed["state"][index] = {**entry, "frozen": found[param].clone()}
         return packed
 
     @torch.no_grad()
@@ -248,43 +445,76 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = self._params()
         entries = dict(state_dict["state"])
-        masks: dict[Tensor, Tensor] = {}
+        found: dict[Tensor, Frozen] = {}
         if len(saved) == len(params):  # otherwise torch refuses below
             for index, (key, param) in enumerate(zip(saved, params, strict=True)):
                 entry = dict(entries.pop(key, {}))
                 mask = entry.pop("frozen", None)
-                self._check_same_mask(index, param, mask)
-                if mask is not None:
-                    masks[param] = mask.to(param.device, torch.bool, copy=True)
+                frozen = self._same_mask(index, param, mask)
+                if mask is not None and not self._is_scored(param):
+                    found[param] = frozen
                 if entry:
                     entries[key] = entry
         super().load_state_dict({**state_dict, "state": entries})
-        self._frozen.update(masks)  # the same elements, in the shape of the loaded step counts
+        for group in self.param_groups:
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
+        for key, param in zip(saved, params, strict=True):
+            if key in entries:  # torch has cast all to the parameter's dtype
+                self.state[param] = self._restored(param, entries[key])
+        self._frozen.update(found)  # the same elements, in the shape of the loaded step counts
 
-    def _check_same_mask(self, index: int, param: Tensor, saved: Tensor | None) -> None:
+    def _is_scored(self, param: Tensor) -> bool:
+        return param in self._frozen and self._frozen[param].mask.dtype == torch.float32
+
+    @staticmethod
+    def _restored(param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        dtypes = {"step": torch.float32, "row": torch.int32}
+        return {
+            name: None
+            if value is None
+            else torch.as_tensor(value).to(param.device, dtypes.get(name, wide))
+            for name, value in entry.items()
+        }
+
+    def _same_mask(self, index: int, param: Tensor, saved: Tensor | None) -> Frozen:
+        """The saved mask; ValueError unless it freezes what is frozen here."""
         where = f"{type(self).__name__}.load_state_dict: parameter {index}"
-        free = torch.zeros((), dtype=torch.bool, device=param.device)
-        mask = free if saved is None else saved.to(param.device, torch.bool)
-        check_frozen(f"{where}: its frozen mask", mask, "the parameter", param.shape)
-        differing = int((mask ^ self._frozen.get(param, free)).expand(param.shape).sum())
+        p = shards.local(param)
+        mask = torch.zeros((), dtype=torch.bool) if saved is None else saved.to(torch.bool)
+        own = shards.cut(where, param, mask.to(param.device))
+        theirs = masks.frozen(f"{where}: its frozen mask", own, p.shape)
+        ours = self._frozen.get(param) or masks.free(p)
+        differing = int((theirs.spread(p.shape) ^ ours.spread(p.shape)).sum())
         if differing:
             raise ValueError(
                 f"{where}: {differing} of {param.numel()} elements are frozen in the checkpoint or "
                 "here, but not in both; call set_frozen with the checkpoint's mask before loading"
             )
+        return theirs
 
 
 class MaskedAdamW(_MaskedOptimizer):
     """AdamW [Loshchilov and Hutter 2019] or, with decoupled_weight_decay=False, Adam, with masks.
 
     Options as torch.optim.AdamW, and
-    frozen         parameter -> bool tensor broadcastable to it (per expert, row or element), True =
-                   must not change; also `set_frozen` at any time between steps
+    frozen         parameter -> mask, also `set_frozen` at any time between steps: a bool tensor,
+                   True = must not change, every size of which divides the parameter's (one value
+                   per expert, row, block or element), or an Importance
     freeze_state   what an element frozen later does with its state: "paused" keeps it for its
-                   release, "dropped" zeroes it
+                   release, "dropped" forgets it. Rows and blocks of 16 elements and more that are
+                   frozen from the start, or dropped, have no state in memory
     max_grad_norm  scales the gradients of a step so that the norm of all live ones is at most this
+    bfloat16       how bfloat16 parameters keep small steps: "master" rounds a float32 copy,
+                   "stochastic" rounds up with the probability of what is cut off, from draws that
+                   depend on seed, parameter, step and element alone
+    seed           of these draws
     backend        passed on to the op masked_adam_
+    Moments are float32. Parameters may be DTensors (FSDP2): masks are those of the whole tensor.
     """
+
+    _op = masked_adam_
 
     def __init__(
         self,
@@ -297,10 +527,7 @@ class MaskedAdamW(_MaskedOptimizer):
         *,
         maximize: bool = False,
         decoupled_weight_decay: bool = True,
-        frozen: Mapping[Parameter, Tensor] | None = None,
-        freeze_state: FreezeState = "paused",
-        max_grad_norm: float | None = None,
-        backend: str | None = None,
+        **masking: Unpack[Masking],
     ) -> None:
         defaults = {
             "lr": lr,
@@ -311,111 +538,74 @@ class MaskedAdamW(_MaskedOptimizer):
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        super().__init__(params, defaults, frozen, freeze_state, max_grad_norm, backend)
+        super().__init__(params, defaults, masking)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        frozen: list[Tensor],
-        lr: Tensor,
-        grad_scale: Tensor | None,
-    ) -> None:
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        masked_adam_(
-            params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
-            frozen,
-            lr,
-            grad_scale,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-            backend=self.backend,
-        )
+    def _options(self, group: dict[str, Any], fresh: bool) -> dict[str, Any]:
+        same = ("eps", "weight_decay", "amsgrad", "maximize")
+        return {
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "decoupled": group["decoupled_weight_decay"],
+            **{name: group[name] for name in same},
+        }
 
 
 class MaskedSGD(_MaskedOptimizer):
     """SGD with momentum, Nesterov momentum and coupled weight decay, with masks.
 
-    Options as torch.optim.SGD without dampening; frozen, freeze_state, max_grad_norm and backend as
-    in MaskedAdamW.
+    Options as torch.optim.SGD, and those of MaskedAdamW from `frozen` on. As in torch a parameter's
+    first step is not dampened; that of an element released later is.
     """
+
+    _op = masked_sgd_
 
     def __init__(
         self,
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0.0,
+        dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        frozen: Mapping[Parameter, Tensor] | None = None,
-        freeze_state: FreezeState = "paused",
-        max_grad_norm: float | None = None,
-        backend: str | None = None,
+        **masking: Unpack[Masking],
     ) -> None:
-        if nesterov and momentum <= 0:
-            raise ValueError(f"MaskedSGD: nesterov needs momentum > 0, got {momentum}")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError(
+                f"MaskedSGD: nesterov needs momentum > 0 and no dampening, got {momentum} and "
+                f"{dampening}"
+            )
         defaults = {
             "lr": lr,
             "momentum": momentum,
+            "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, frozen, freeze_state, max_grad_norm, backend)
+        super().__init__(params, defaults, masking)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] != 0 else ()
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        frozen: list[Tensor],
-        lr: Tensor,
-        grad_scale: Tensor | None,
-    ) -> None:
-        with_momentum = group["momentum"] != 0
-        masked_sgd_(
-            params,
-            grads,
-            [self.state[p]["momentum_buffer"] for p in params] if with_momentum else [],
-            frozen,
-            lr,
-            grad_scale,
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            backend=self.backend,
-        )
+    def _options(self, group: dict[str, Any], fresh: bool) -> dict[str, Any]:
+        same = ("momentum", "weight_decay", "nesterov", "maximize")
+        dampening = 0.0 if fresh else group["dampening"]
+        return {"dampening": dampening, **{name: group[name] for name in same}}
 
 
 class MaskedLion(_MaskedOptimizer):
     """Lion [Chen et al. 2023] with decoupled weight decay and masks.
 
-    lr, betas, weight_decay, maximize as in the paper's Program 1; frozen, freeze_state,
-    max_grad_norm and backend as in MaskedAdamW.
+    lr, betas, weight_decay, maximize as in the paper's Program 1, and the options of MaskedAdamW
+    from `frozen` on.
     """
+
+    _op = masked_lion_
 
     def __init__(
         self,
@@ -425,36 +615,18 @@ class MaskedLion(_MaskedOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        frozen: Mapping[Parameter, Tensor] | None = None,
-        freeze_state: FreezeState = "paused",
-        max_grad_norm: float | None = None,
-        backend: str | None = None,
+        **masking: Unpack[Masking],
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, frozen, freeze_state, max_grad_norm, backend)
+        super().__init__(params, defaults, masking)
 
     def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        frozen: list[Tensor],
-        lr: Tensor,
-        grad_scale: Tensor | None,
-    ) -> None:
-        masked_lion_(
-            params,
-            grads,
-            [self.state[p]["exp_avg"] for p in params],
-            frozen,
-            lr,
-            grad_scale,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            backend=self.backend,
-        )
+    def _options(self, group: dict[str, Any], fresh: bool) -> dict[str, Any]:
+        return {
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+        }

@@ -96,6 +96,24 @@ def route_table() -> str:
     return _measured("route", lambda result: route.table(result["rows"]))
 
 
+def masked_table() -> str:
+    """Steps of AdamW, masked and not, against torch's fused one."""
+    result = _result("masked_update")
+    lines = ["| step | frozen | ms | against torch fused |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['way']} | {row['mask']} | {row['median_ms']:.1f} "
+            f"({row['min_ms']:.1f}-{row['max_ms']:.1f}) | {row['speedup']:.2f}x |"
+        )
+    share = result["state_share"]["rows 75 %"]
+    text = (
+        f"{result['parameters'] / 1e6:.0f} M float32 parameters, median (least-most) of "
+        f"{result['rounds']} rounds, each between two steps of torch fused. Memory of the state "
+        f"with 75 % of rows frozen: {share:.3f} of the whole."
+    )
+    return "\n".join([*lines, "", f"{text} {_source(result)}"])
+
+
 def packet_format() -> str:
     """The contract of a packet as gose.compress states it."""
     text = gose.compress.__doc__
@@ -109,6 +127,7 @@ BLOCKS = {
     "system": system_table,
     "layer": layer_table,
     "route": route_table,
+    "masked": masked_table,
     "packet": packet_format,
 }
 

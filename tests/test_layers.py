@@ -22,6 +22,7 @@ LAYERS = [
         "gose_kernels.packing",
         "gose_kernels.memory",
     ],
+    ["gose_kernels.shards"],
     ["gose_kernels.triton"],
     ["gose_kernels.ops"],
     ["gose_kernels.optim"],

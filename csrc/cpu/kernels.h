@@ -28,6 +28,7 @@ struct Parallel {
   X(masked_sgd, MaskedSgdParams)                  \
   X(masked_adam, MaskedAdamParams)                \
   X(masked_lion, MaskedLionParams)                \
+  X(masked_square_sum, MaskedSquareSumParams)     \
   X(find_live, LiveParams)                        \
   X(quantize, QuantizeParams)                     \
   X(dequantize, DequantizeParams)                 \

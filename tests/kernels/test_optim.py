@@ -524,11 +524,11 @@ def test_refusals():
         ({"max_grad_norm": 0.0}, r"max_grad_norm must be positive, got 0.0"),
         ({"frozen": {q: mask}}, r"set_frozen: the parameter is not in this optimizer"),
         ({"frozen": {p: mask.float()}}, r"set_frozen: mask must be bool, got torch.float32"),
-        ({"frozen": {p: mask.t()}}, r"set_frozen: mask must broadcast .* \(3, 4\), got \(1, 3\)"),
+        ({"frozen": {p: mask.t()}}, r"set_frozen: mask must have sizes .* \(3, 4\), got \(1, 3\)"),
     ]:
         with pytest.raises(ValueError, match="MaskedAdamW.*" + message):
             MaskedAdamW([p], **options)
-    with pytest.raises(ValueError, match=r"MaskedSGD: nesterov needs momentum > 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"MaskedSGD: nesterov needs momentum > 0 and no damp"):
         MaskedSGD([p], nesterov=True)
     with pytest.raises(ValueError, match=r"MaskedSGD: momentum must be at least 0"):
         MaskedSGD([p], momentum=-0.1)
@@ -536,9 +536,9 @@ def test_refusals():
     p.grad = torch.ones(3, 4).to_sparse()
     with pytest.raises(ValueError, match=r"MaskedSGD: a gradient is sparse; pass grad.to_dense"):
         optimizer.step()
-    half = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
-    half.grad = torch.ones(2, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"param\[0\] must be float32 or float64, got .*bfloat16"):
+    half = nn.Parameter(torch.zeros(2, dtype=torch.float16))
+    half.grad = torch.ones(2, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"param\[0\] must be float32, bfloat16 or .*float16"):
         MaskedSGD([half]).step()
     with pytest.raises(ValueError, match=r"loaded state dict"):
         optimizer.load_state_dict(MaskedSGD([p, q]).state_dict())
