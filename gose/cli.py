@@ -185,11 +185,11 @@ def explain(
     if as_json:
         _print_json({name: [row._asdict() for row in found] for name, found in rows.items()})
         return
-    grid = Grid("op", "backend", "", "why not", box=None, pad_edge=False)
+    grid = Grid("op", "backend", "", "kernel, or why not", box=None, pad_edge=False)
     for name, found in rows.items():
         for row in found:
             verdict = "[green]picked[/]" if row.chosen else "" if row.reason else "able"
-            grid.add_row(name, row.backend, verdict, escape(row.reason or ""))
+            grid.add_row(name, row.backend, verdict, escape(row.reason or row.path or ""))
             name = ""  # once per op is enough
     _stdout().print(grid)
     if device == "cuda" and not torch.cuda.is_available():

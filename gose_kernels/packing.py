@@ -205,6 +205,13 @@ def packed_matrix(w_EFD: Tensor, *, transposed: bool, changing: bool) -> Tensor 
     return _kept((w_EFD,), (transposed,), pack, changing)
 
 
+def path_of(dtype: torch.dtype) -> str:
+    """Which micro-kernel multiplies packed weights of a dtype on this CPU."""
+    name = str(dtype).removeprefix("torch.")
+    kernel: str = torch.ops.gose_native.micro_kernel(name)
+    return f"{kernel}; packed weights, kept (trained weights: packed as they are read)"
+
+
 def forget_packed() -> None:
     """Let go of every packed copy: needed after a change of weights that torch does not count."""
     with _lock:

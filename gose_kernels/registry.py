@@ -52,6 +52,7 @@ class Backend(NamedTuple):
     by_dtype: bool = False  # why_not looks at nothing but dtypes and devices
     # run of the arguments that were given, (args, options), without their defaults
     given: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    path: Callable[[torch.dtype], str] | None = None  # which of its kernels serves a dtype
 
 
 class Observer(Protocol):
@@ -146,6 +147,7 @@ def native(
     unless: Callable[..., str | None] | None = None,
     writes: tuple[int, ...] = (),
     pack: Callable[..., Tensor] | None = None,
+    path: Callable[[torch.dtype], str] | None = None,
 ) -> Backend:
     """The compiled kernel `torch.ops.gose_native.<op>` on one device, or a function that calls it.
 
@@ -154,6 +156,7 @@ def native(
     A function takes them as the reference does. `dtypes` limits the first floating-point tensor
     argument; `unless(*args, **options)` refuses a call with a reason. `writes` are the positions of
     arguments that change in place: autograd learns of it, as of torch's own in-place ops.
+    `path(dtype)` names the kernel within, for `explain`.
     """
 
     def why_not(*args: Any, **options: Any) -> str | None:
@@ -186,7 +189,7 @@ def native(
         return out
 
     if pack is None:
-        return Backend(device, run, why_not, by_dtype=unless is None)
+        return Backend(device, run, why_not, by_dtype=unless is None, path=path)
     packed = lru_cache(maxsize=256)(pack)
 
     def given(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -562,11 +565,13 @@ def _no_gradient(op: Op) -> Callable[..., None]:
 
 
 class Row(NamedTuple):
-    """One line of `explain`: a backend, whether it is the one chosen, why it cannot run."""
+    """One line of `explain`: a backend, whether it is the one chosen, why it cannot run, and which
+    of its kernels would."""
 
     backend: str
     chosen: bool
     reason: str | None
+    path: str | None
 
 
 def explain(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Row]:
@@ -584,4 +589,8 @@ def explain(name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float3
         args = op.example(torch.device(device), dtype)
         reasons = op.reasons(*args)
     chosen = next((b for b, reason in reasons.items() if reason is None), None)
-    return [Row(b, b == chosen, reason) for b, reason in reasons.items()]
+    paths = {b.name: b.path for b in op.backends if b.path is not None and reasons[b.name] is None}
+    return [
+        Row(b, b == chosen, reason, paths[b](dtype) if b in paths else None)
+        for b, reason in reasons.items()
+    ]

@@ -62,7 +62,7 @@ from torch import Tensor
 
 from gose_kernels import memory
 from gose_kernels.ops.activations import ACTIVATIONS, Activation
-from gose_kernels.packing import expert_bytes, packed_experts, unpack_experts
+from gose_kernels.packing import expert_bytes, packed_experts, path_of, unpack_experts
 from gose_kernels.registry import Cost, native, reference, register
 
 
@@ -609,7 +609,7 @@ def _train(*args: Any, **options: Any) -> Tensor:
 
 expert_mlp = register(
     f"expert_mlp({_ARGUMENTS}) -> Tensor",
-    native("cpu", _cpu, *_FLOATS),
+    native("cpu", _cpu, *_FLOATS, path=path_of),
     reference(expert_mlp_reference),
     fake=_fake,
     training=_train,

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from gose_kernels import memory
-from gose_kernels.packing import packed_matrix
+from gose_kernels.packing import packed_matrix, path_of
 from gose_kernels.registry import Cost, native, reference, register
 
 
@@ -314,7 +314,7 @@ def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
 grouped_gemm = register(
     "grouped_gemm(Tensor x_ND, Tensor w_EFD, Tensor offset_E1, Tensor? bias_EF=None, *, "
     "bool transposed=False, str? backend=None) -> Tensor",
-    native("cpu", _cpu, torch.float32, torch.bfloat16, torch.float16),
+    native("cpu", _cpu, torch.float32, torch.bfloat16, torch.float16, path=path_of),
     reference(grouped_gemm_reference),
     fake=_fake,
     setup_context=_setup_context,

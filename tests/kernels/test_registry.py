@@ -250,12 +250,22 @@ def test_an_op_is_registered_once() -> None:
 def test_explain_tells_what_runs_and_why_not() -> None:
     rows = gk.explain("test_double")
     assert [tuple(r) for r in rows[-2:]] == [
-        ("picky", False, "it is Sunday"),
-        ("torch", True, None),
+        ("picky", False, "it is Sunday", None),
+        ("torch", True, None, None),
     ]
-    assert rows[0] == ("cuda", False, "test_double has no cuda kernel")
+    assert rows[0] == ("cuda", False, "test_double has no cuda kernel", None)
     with pytest.raises(ValueError, match="explain: no op named 'combin'; ops: "):
         gk.explain("combin")
+
+
+def test_explain_names_the_kernel_within() -> None:
+    if gk.native.why_not() is not None:
+        pytest.skip(str(gk.native.why_not()))
+    rows = {r.backend: r for r in gk.explain("expert_mlp", dtype=torch.float32)}
+    level = gk.native.cpu_level()
+    wanted = {"avx512_bf16": "avx512", "amx": "avx512"}.get(str(level), level)
+    assert str(rows["cpu"].path).startswith(f"{wanted} multiply-add; packed weights")
+    assert rows["torch"].path is None
 
 
 def test_explain_imitates_a_device_that_is_not_here() -> None:
