@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bind_combine.h"
+#include "bind_distill.h"
 #include "bind_masked.h"
 #include "bind_quantize.h"
 #include "bind_route.h"
@@ -295,6 +296,32 @@ void dequantize_add(Tensor acc_P, Tensor code, Tensor scale, std::optional<Tenso
   run_dequantize(code_1, scale_1, live, acc_P, format, true, weight);
 }
 
+#define GOSE_DISTILL_ARGUMENTS                                                     \
+  Tensor student_BC, Tensor teacher, Tensor label, std::optional<Tensor> weight_B, \
+      std::optional<Tensor> task_weight_B, std::optional<Tensor> teacher_id_BJ,    \
+      std::optional<Tensor> teacher_tail_B, double task_weight, double tau,        \
+      double label_smoothing, std::string kl_reduction, std::string reduction
+#define GOSE_DISTILL_CALL                                                                 \
+  {student_BC, teacher, label, weight_B, task_weight_B, teacher_id_BJ, teacher_tail_B}, { \
+    task_weight, tau, label_smoothing, kl_reduction, reduction                            \
+  }
+
+void run_distill(const DistillParams& params) {
+  cpu::kernels().distill_loss(params, kTorchThreads);
+}
+
+Tensor distill_loss(GOSE_DISTILL_ARGUMENTS) {
+  return distill("distill_loss", GOSE_DISTILL_CALL, false, run_distill).loss;
+}
+
+std::tuple<Tensor, Tensor> distill_loss_train(GOSE_DISTILL_ARGUMENTS) {
+  const DistillResult result = distill("distill_loss", GOSE_DISTILL_CALL, true, run_distill);
+  return {result.loss, result.grad};
+}
+
+#undef GOSE_DISTILL_ARGUMENTS
+#undef GOSE_DISTILL_CALL
+
 // Levels this CPU can run, best first, separated by blanks.
 std::string cpu_levels() {
   std::string names;
@@ -342,6 +369,13 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "dequantize_add_(Tensor(a!) acc_P, Tensor code, Tensor scale, Tensor? frozen_P, str format, "
       "float weight) -> ()");
+#define GOSE_DISTILL_ARGUMENTS                                                                  \
+  "(Tensor student_BC, Tensor teacher, Tensor label, Tensor? weight_B, Tensor? task_weight_B, " \
+  "Tensor? teacher_id_BJ, Tensor? teacher_tail_B, float task_weight, float tau, "               \
+  "float label_smoothing, str kl_reduction, str reduction)"
+  m.def("distill_loss" GOSE_DISTILL_ARGUMENTS " -> Tensor");
+  m.def("distill_loss_train" GOSE_DISTILL_ARGUMENTS " -> (Tensor, Tensor)");
+#undef GOSE_DISTILL_ARGUMENTS
   m.def("entropy(Tensor logits_BMC) -> Tensor");
   m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
   m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
@@ -375,6 +409,8 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("quantize", TORCH_BOX(&gose::quantize));
   m.impl("dequantize", TORCH_BOX(&gose::dequantize));
   m.impl("dequantize_add_", TORCH_BOX(&gose::dequantize_add));
+  m.impl("distill_loss", TORCH_BOX(&gose::distill_loss));
+  m.impl("distill_loss_train", TORCH_BOX(&gose::distill_loss_train));
   m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
   m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));

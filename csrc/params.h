@@ -204,4 +204,36 @@ struct DequantizeParams {
   CodeFormat format;
 };
 
+// Why the values of a sample of distill_loss cannot be used, in the order of the reference's
+// checks.
+enum class DistillBad : int32_t {
+  kNothing,
+  kLabel,
+  kSoftLabel,
+  kTaskWeight,
+  kId,
+  kSameId,
+  kTail,
+  kMemory
+};
+
+struct DistillParams {         // the formulas are in gose_kernels/ops/distill_loss.py
+  const void* student;         // [B, C] dtype
+  const void* teacher;         // [B, C] or [B, J] teacher_dtype
+  const int64_t* label;        // [B], or nullptr with
+  const void* soft;            // [B, C] soft_dtype
+  const float* weight;         // [B] or nullptr
+  const float* task_weight_B;  // [B] or nullptr
+  const int64_t* id;           // [B, J] or nullptr
+  const float* tail;           // [B]
+  float* term;                 // [B]
+  void* grad;                  // [B, C] dtype, of grad_scale * sum of term; nullptr: not wanted
+  DistillBad* bad;             // [B]
+  int64_t B, C, J, stride_sb, stride_tb, stride_lb;
+  float task_weight, inverse_tau, smoothing;
+  float kl_scale;  // tau^2 / r
+  float grad_scale;
+  DType dtype, teacher_dtype, soft_dtype;
+};
+
 }  // namespace gose

@@ -30,7 +30,8 @@ struct Parallel {
   X(masked_lion, MaskedLionParams)           \
   X(find_live, LiveParams)                   \
   X(quantize, QuantizeParams)                \
-  X(dequantize, DequantizeParams)
+  X(dequantize, DequantizeParams)            \
+  X(distill_loss, DistillParams)
 
 // One line per level that is compiled, worst first: X(level).
 #if defined(__x86_64__)
