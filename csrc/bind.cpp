@@ -8,6 +8,7 @@
 #include "bind_quantize.h"
 #include "bind_route.h"
 #include "bind_routing.h"
+#include "bind_squared_grad.h"
 #include "cpu/kernels.h"
 
 namespace gose {
@@ -322,6 +323,13 @@ std::tuple<Tensor, Tensor> distill_loss_train(GOSE_DISTILL_ARGUMENTS) {
 #undef GOSE_DISTILL_ARGUMENTS
 #undef GOSE_DISTILL_CALL
 
+std::tuple<Tensor, Tensor> squared_grad(Tensor x_ND, Tensor grad_NF, std::optional<Tensor> sample_N,
+                                        std::optional<Tensor> offset_E1) {
+  SquaredGradCall call = prepare_squared_grad(x_ND, grad_NF, sample_N, offset_E1);
+  cpu::kernels().squared_grad(call.params, kTorchThreads);
+  return {call.square, call.square_bias};
+}
+
 // Levels this CPU can run, best first, separated by blanks.
 std::string cpu_levels() {
   std::string names;
@@ -376,6 +384,9 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def("distill_loss" GOSE_DISTILL_ARGUMENTS " -> Tensor");
   m.def("distill_loss_train" GOSE_DISTILL_ARGUMENTS " -> (Tensor, Tensor)");
 #undef GOSE_DISTILL_ARGUMENTS
+  m.def(
+      "squared_grad(Tensor x_ND, Tensor grad_NF, Tensor? sample_N, Tensor? offset_E1) -> "
+      "(Tensor, Tensor)");
   m.def("entropy(Tensor logits_BMC) -> Tensor");
   m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
   m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
@@ -411,6 +422,7 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("dequantize_add_", TORCH_BOX(&gose::dequantize_add));
   m.impl("distill_loss", TORCH_BOX(&gose::distill_loss));
   m.impl("distill_loss_train", TORCH_BOX(&gose::distill_loss_train));
+  m.impl("squared_grad", TORCH_BOX(&gose::squared_grad));
   m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
   m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));

@@ -236,4 +236,20 @@ struct DistillParams {         // the formulas are in gose_kernels/ops/distill_l
   DType dtype, teacher_dtype, soft_dtype;
 };
 
+constexpr int64_t kPanelWidth = 48;  // columns by which a panel may be wider than its contents
+
+struct SquaredGradParams {  // the formulas are in gose_kernels/ops/squared_grad.py
+  const void* x;            // [N, D] dtype
+  const void* grad;         // [N, F] dtype
+  const int64_t* order;     // [rows] rows of x by expert, then sample; nullptr: as they are
+  const uint8_t* last;      // [rows], 1 at a sample's last row; nullptr: every row is its own
+  const int64_t* offset;    // [E + 1] in [0, rows]
+  float* square;            // [E, F, D]
+  float* square_bias;       // [E, F]
+  float* panel_x;           // [rows, D + kPanelWidth], scratch
+  float* panel_g;           // [rows, F + kPanelWidth], scratch
+  int64_t rows, D, F, E, stride_xn, stride_gn;
+  DType dtype;
+};
+
 }  // namespace gose

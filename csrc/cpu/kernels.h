@@ -31,7 +31,8 @@ struct Parallel {
   X(find_live, LiveParams)                   \
   X(quantize, QuantizeParams)                \
   X(dequantize, DequantizeParams)            \
-  X(distill_loss, DistillParams)
+  X(distill_loss, DistillParams)             \
+  X(squared_grad, SquaredGradParams)
 
 // One line per level that is compiled, worst first: X(level).
 #if defined(__x86_64__)
