@@ -4,6 +4,10 @@
 #include "../philox.h"
 #include "vec_math.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace gose::cpu::GOSE_LEVEL {
 namespace {
 
@@ -26,30 +30,55 @@ struct Walk {
   }
 };
 
+typedef uint64_t vl __attribute__((vector_size(4 * kLanes)));
+
+// The products of the low halves of `x` with `factor`.
+inline vl mul_low(vl x, uint64_t factor) {
+#if defined(__AVX512F__)
+  return (vl)_mm512_mul_epu32((__m512i)x, (__m512i)(vl{} + factor));
+#elif defined(__AVX2__)
+  return (vl)_mm256_mul_epu32((__m256i)x, (__m256i)(vl{} + factor));
+#elif defined(__SSE2__)
+  return (vl)_mm_mul_epu32((__m128i)x, (__m128i)(vl{} + factor));
+#else
+  return (x & 0xffffffffu) * factor;
+#endif
+}
+
 // The draws of the elements [8 * counter, 8 * (counter + kCounters)) as 16-bit lanes.
-constexpr int kCounters = 32;
+//
+// philox() of philox.h, a counter in each 64-bit lane: a product's high half is where the next
+// round wants it if x01 holds x0 above x1, and x23 holds x2 above x3.
+constexpr int kCounters = 32, kDrawLanes = kLanes / 2, kDrawVectors = kCounters / kDrawLanes;
 
 inline void draw(PhiloxKey key, uint64_t counter, uint16_t* lane) {
-  uint32_t x0[kCounters], x1[kCounters], x2[kCounters] = {}, x3[kCounters] = {};
-  for (int c = 0; c < kCounters; ++c) {
-    x0[c] = uint32_t(counter + c);
-    x1[c] = uint32_t((counter + c) >> 32);
+  vl x01[kDrawVectors], x23[kDrawVectors];
+  for (int v = 0; v < kDrawVectors; ++v) {
+    for (int c = 0; c < kDrawLanes; ++c) {
+      const uint64_t at = counter + uint64_t(v * kDrawLanes + c);
+      x01[v][c] = at << 32 | at >> 32;
+    }
+    x23[v] = vl{};
   }
   for (int round = 0; round < 10; ++round) {
-    for (int c = 0; c < kCounters; ++c) {
-      const uint64_t product0 = uint64_t(0xD2511F53u) * x0[c];
-      const uint64_t product1 = uint64_t(0xCD9E8D57u) * x2[c];
-      x0[c] = uint32_t(product1 >> 32) ^ x1[c] ^ key.word[0];
-      x1[c] = uint32_t(product1);
-      x2[c] = uint32_t(product0 >> 32) ^ x3[c] ^ key.word[1];
-      x3[c] = uint32_t(product0);
+    const uint64_t key0 = uint64_t(key.word[0]) << 32, key1 = uint64_t(key.word[1]) << 32;
+    for (int v = 0; v < kDrawVectors; ++v) {
+      const vl product0 = mul_low(x01[v] >> 32, 0xD2511F53u);
+      const vl product1 = mul_low(x23[v] >> 32, 0xCD9E8D57u);
+      x01[v] = product1 ^ (x01[v] << 32) ^ key0;
+      x23[v] = product0 ^ (x23[v] << 32) ^ key1;
     }
     key.word[0] += 0x9E3779B9u;
     key.word[1] += 0xBB67AE85u;
   }
-  for (int c = 0; c < kCounters; ++c) {
-    const PhiloxBlock block = {{x0[c], x1[c], x2[c], x3[c]}};
-    for (int j = 0; j < 8; ++j) lane[8 * c + j] = uint16_t(philox_lane(block, j));
+  for (int v = 0; v < kDrawVectors; ++v) {
+    uint64_t pairs[2 * kDrawLanes];  // of words, in the order of the elements
+    const vl low = x01[v] << 32 | x01[v] >> 32, high = x23[v] << 32 | x23[v] >> 32;
+    for (int c = 0; c < kDrawLanes; ++c) {
+      pairs[2 * c] = low[c];
+      pairs[2 * c + 1] = high[c];
+    }
+    std::memcpy(lane + 8 * kDrawLanes * v, pairs, sizeof pairs);
   }
 }
 
@@ -65,7 +94,13 @@ struct Draws {
       if (base != first) draw(key, uint64_t(first = base) / 8, lane);
       const int64_t left = base + 8 * kCounters - i;
       const int64_t stop = count - n < left ? count : n + left;
-      for (const uint16_t* from = lane + (i - base); n < stop; ++n) u[n] = philox_uniform(*from++);
+      const uint16_t* from = lane + (i - base);
+      for (; n + kLanes <= stop; n += kLanes, from += kLanes) {
+        vh bits;
+        std::memcpy(&bits, from, sizeof bits);
+        store(u + n, (__builtin_convertvector(bits, vf) + 0.5f) * (1.0f / 65536.0f));
+      }
+      for (; n < stop; ++n) u[n] = philox_uniform(*from++);
     }
   }
 };
@@ -105,35 +140,41 @@ inline vf clamp(vf x, float limit) {
 // To the nearest integer, ties to even, for |x| < 2^22; the result is never -0.
 inline vf nearest(vf x) { return (x + 12582912.f) - 12582912.f; }
 
-// One block in `y`, padded with zeros: codes to q, what they leave to y.
-inline void code_block(const QuantizeParams& p, float scale, int64_t count, const float* u,
-                       int8_t* q, float* y) {
-  const float qmax = float((1 << (p.format.bits - 1)) - 1);
+// One block in `y`, padded with zeros: codes to q, what they leave to y if that is wanted.
+// saturated: the scale is smaller than the block needs, and codes must be cut.
+template <bool kStochastic>
+inline void code_block(float scale, float qmax, bool saturated, bool wants_left, int64_t count,
+                       const float* u, int8_t* q, float* y) {
+  if (scale == 0.f) {
+    std::memset(q, 0, count);
+    return;
+  }
   for (int64_t n = 0; n < count; n += kLanes) {
     const vf value = load(y + n);
-    vf code = {};
-    if (scale > 0.f) {
-      // One more than qmax still rounds to what is clamped, and keeps `nearest` in its range.
-      const vf ratio = clamp(value / scale, qmax + 1.f);
-      if (p.stochastic) {
-        const vf sum = ratio + load(u + n);
-        code = nearest(sum);
-        code = code - select(code > sum, splat(1.f), splat(0.f));
-      } else {
-        code = (vf)((vu)nearest(ratio) | ((vu)ratio & 0x80000000u));  // -0 shows in the residual
-      }
-      code = clamp(code, qmax);
+    vf ratio = value / scale, code;
+    // One more than qmax still rounds to what is clamped, and keeps `nearest` in its range.
+    if (saturated) ratio = clamp(ratio, qmax + 1.f);
+    if (kStochastic) {
+      const vf sum = ratio + load(u + n);
+      code = nearest(sum);
+      code = code - select(code > sum, splat(1.f), splat(0.f));
+    } else {
+      code = (vf)((vu)nearest(ratio) | ((vu)ratio & 0x80000000u));  // -0 shows in the residual
     }
-    store(y + n, value - code * scale);
+    if (saturated) code = clamp(code, qmax);
+    if (wants_left) store(y + n, value - code * scale);
     const vc bytes = __builtin_convertvector(__builtin_convertvector(code, vi), vc);
     std::memcpy(q + n, &bytes, sizeof bytes);
   }
 }
 
+constexpr int64_t kAhead = 1024;  // elements by which loads are ahead: hardware stops at a page
+
 template <class Float>
 void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
   const Float* x = static_cast<const Float*>(p.x);
   const int64_t block = p.format.block;
+  const float qmax = float((1 << (p.format.bits - 1)) - 1);
   Draws draws = {};
   draws.key = philox_key(p.seed, p.step);
   draws.first = -1;
@@ -168,6 +209,15 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
         length[runs] = size;
         const Float* from = x + walk.at;
         const float* residual = p.residual == nullptr ? nullptr : p.residual + walk.at;
+        if (walk.at + kAhead + size <= p.P) {
+          for (int64_t at = kAhead; at < kAhead + size; at += 64 / int64_t(sizeof(Float))) {
+            __builtin_prefetch(from + at);
+          }
+          if (residual != nullptr) {
+            for (int64_t at = kAhead; at < kAhead + size; at += 16)
+              __builtin_prefetch(residual + at);
+          }
+        }
         int64_t j = 0;
         for (; j + kLanes <= size; j += kLanes) {
           const vf value = load(from + j);
@@ -198,8 +248,11 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
         p.bad[unit].element = place[run] + n;
         continue;
       }
-      const float scale = scale_of(float_of(uint32_t(top)), p.format, p.scale, l / block);
-      code_block(p, scale, count, u, q, y);
+      const float absmax = float_of(uint32_t(top));
+      const float scale = scale_of(absmax, p.format, p.scale, l / block);
+      const bool saturated = double(scale) * double(qmax) < double(absmax);
+      (p.stochastic ? code_block<true> : code_block<false>)(scale, qmax, saturated,
+                                                            p.left != nullptr, count, u, q, y);
       if (p.format.bits == 8) {
         std::memcpy(p.code + l, q, count);
       } else {
@@ -261,7 +314,11 @@ void dequantize_units(const DequantizeParams& p, int64_t begin, int64_t end) {
         float* out = p.out + walk.at;
         const float* from = value + n;
         if (p.add) {
-          for (int64_t j = 0; j < size; ++j) out[j] = out[j] + from[j] * scale * p.weight;
+          const float weight = p.weight;
+          if (walk.at + kAhead + size <= p.P) {
+            for (int64_t j = kAhead; j < kAhead + size; j += 16) __builtin_prefetch(out + j, 1);
+          }
+          for (int64_t j = 0; j < size; ++j) out[j] = out[j] + from[j] * scale * weight;
         } else {
           for (int64_t j = 0; j < size; ++j) out[j] = from[j] * scale;
         }
