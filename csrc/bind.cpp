@@ -201,12 +201,15 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x_P, std::optional<Tensor> re
   const Tensor x = torch::stable::contiguous(x_P);
   const Tensor residual = residual_P ? torch::stable::contiguous(*residual_P) : x;
   const Live live = find_live(frozen_P, x, run_find_live);
-  Tensor code = torch::stable::new_empty(x, {code_bytes(format, live.L)}, ScalarType::Byte);
+  const int64_t bytes = code_bytes(format, live.L);
+  Tensor code = on_huge_pages(torch::stable::new_empty(x, {bytes}, ScalarType::Byte), bytes);
   Tensor scale = torch::stable::new_empty(x, {num_scales(format, live.L)},
                                           format.half_scale ? ScalarType::Half : ScalarType::Float);
   const std::vector<int64_t> shape = residual_P ? sizes_of(x, x.dim()) : std::vector<int64_t>{0};
-  Tensor left = live.frozen() != nullptr ? torch::stable::new_zeros(x, shape, ScalarType::Float)
-                                         : torch::stable::new_empty(x, shape, ScalarType::Float);
+  Tensor left = live.frozen() != nullptr
+                    ? torch::stable::new_zeros(x, shape, ScalarType::Float)
+                    : on_huge_pages(torch::stable::new_empty(x, shape, ScalarType::Float),
+                                    residual_P ? 4 * x.numel() : 0);
   std::vector<CodeBad> bad((live.L + kCodeUnit - 1) / kCodeUnit);
   cpu::kernels().quantize(
       {
@@ -270,7 +273,8 @@ Tensor dequantize(Tensor code, Tensor scale, int64_t numel, std::optional<Tensor
   const Live live = frozen ? find_live(frozen, *frozen, run_find_live) : Live{{}, {}, numel};
   check_scales(op, code_1, scale_1, format, live.L);
   Tensor out = frozen ? torch::stable::new_zeros(code_1, {numel}, ScalarType::Float)
-                      : torch::stable::new_empty(code_1, {numel}, ScalarType::Float);
+                      : on_huge_pages(torch::stable::new_empty(code_1, {numel}, ScalarType::Float),
+                                      4 * numel);
   run_dequantize(code_1, scale_1, live, out, format, false, 1);
   return out;
 }

@@ -143,7 +143,9 @@ inline DistillResult distill(const char* op, const DistillTensors& in, const Dis
   std::optional<Tensor> id;
   if (in.teacher_id_BJ) id = torch::stable::contiguous(*in.teacher_id_BJ);
   Tensor term = torch::stable::new_empty(student, {B}, ScalarType::Float);
-  Tensor grad = with_grad ? torch::stable::new_empty(student, {B, C}) : term;
+  Tensor grad = with_grad ? on_huge_pages(torch::stable::new_empty(student, {B, C}),
+                                          B * C * student.element_size())
+                          : term;
   std::vector<DistillBad> bad(B, DistillBad::kNothing);
   kernel({
       .student = student.const_data_ptr(),

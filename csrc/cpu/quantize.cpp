@@ -53,15 +53,17 @@ constexpr int kCounters = 32, kDrawLanes = kLanes / 2, kDrawVectors = kCounters 
 
 inline void draw(PhiloxKey key, uint64_t counter, uint16_t* lane) {
   vl x01[kDrawVectors], x23[kDrawVectors];
+#pragma GCC unroll 16
   for (int v = 0; v < kDrawVectors; ++v) {
-    for (int c = 0; c < kDrawLanes; ++c) {
-      const uint64_t at = counter + uint64_t(v * kDrawLanes + c);
-      x01[v][c] = at << 32 | at >> 32;
-    }
+    vl at;
+    for (int c = 0; c < kDrawLanes; ++c) at[c] = uint64_t(v * kDrawLanes + c);
+    at += counter;
+    x01[v] = at << 32 | at >> 32;
     x23[v] = vl{};
   }
   for (int round = 0; round < 10; ++round) {
     const uint64_t key0 = uint64_t(key.word[0]) << 32, key1 = uint64_t(key.word[1]) << 32;
+#pragma GCC unroll 16
     for (int v = 0; v < kDrawVectors; ++v) {
       const vl product0 = mul_low(x01[v] >> 32, 0xD2511F53u);
       const vl product1 = mul_low(x23[v] >> 32, 0xCD9E8D57u);
@@ -71,13 +73,23 @@ inline void draw(PhiloxKey key, uint64_t counter, uint16_t* lane) {
     key.word[0] += 0x9E3779B9u;
     key.word[1] += 0xBB67AE85u;
   }
+#pragma GCC unroll 16
   for (int v = 0; v < kDrawVectors; ++v) {
-    uint64_t pairs[2 * kDrawLanes];  // of words, in the order of the elements
     const vl low = x01[v] << 32 | x01[v] >> 32, high = x23[v] << 32 | x23[v] >> 32;
-    for (int c = 0; c < kDrawLanes; ++c) {
-      pairs[2 * c] = low[c];
-      pairs[2 * c + 1] = high[c];
+    vl pairs[2];  // of words, in the order of the elements
+#if defined(__clang__)
+    for (int c = 0; c < 2 * kDrawLanes; ++c) {
+      pairs[c / kDrawLanes][c % kDrawLanes] = c % 2 == 0 ? low[c / 2] : high[c / 2];
     }
+#else
+    for (int half = 0; half < 2; ++half) {
+      vl from;
+      for (int c = 0; c < kDrawLanes; ++c) {
+        from[c] = uint64_t((half * kDrawLanes + c) / 2 + c % 2 * kDrawLanes);
+      }
+      pairs[half] = __builtin_shuffle(low, high, from);
+    }
+#endif
     std::memcpy(lane + 8 * kDrawLanes * v, pairs, sizeof pairs);
   }
 }
@@ -189,7 +201,8 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
     p.bad[unit] = {-1, 0.f};
     Walk walk = {p.frozen, p.P, p.inner, p.start != nullptr ? p.start[unit] : unit * kCodeUnit};
     const int64_t stop = (unit + 1) * kCodeUnit < p.L ? (unit + 1) * kCodeUnit : p.L;
-    for (int64_t l = unit * kCodeUnit; l < stop; l += block) {
+    int64_t index = unit * (kCodeUnit / block);  // of the block
+    for (int64_t l = unit * kCodeUnit; l < stop; l += block, ++index) {
       const int64_t count = stop - l < block ? stop - l : block;
       if (by_element) {
         for (int64_t n = 0; n < count; ++walk.at) {  // without a branch on the mask
@@ -232,12 +245,16 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
         n += size;
       }
       for (int64_t n = count; n < block; ++n) y[n] = u[n] = 0.f;
-      vi highest = {};  // bits of |y| have its order, and those of infinity and NaN are above all
-      for (int64_t n = 0; n < count; n += kLanes) {
-        const vi bits = (vi)load(y + n) & 0x7fffffff;
-        highest = (vi)select(bits > highest, (vf)bits, (vf)highest);
+      // Bits of |y| have its order, and those of infinity and NaN are above all. y is padded to a
+      // whole block, which is a multiple of four vectors.
+      vi highest[4] = {};
+      for (int64_t n = 0; n < block; n += 4 * kLanes) {
+        for (int v = 0; v < 4; ++v) {
+          highest[v] = max((vi)load(y + n + v * kLanes) & 0x7fffffff, highest[v]);
+        }
       }
-      const int32_t top = -lowest_lane(-highest);
+      const int32_t top =
+          highest_lane(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
       if (top >= 0x7f800000) {
         if (p.bad[unit].element >= 0) continue;
         int64_t n = 0;
@@ -249,7 +266,7 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
         continue;
       }
       const float absmax = float_of(uint32_t(top));
-      const float scale = scale_of(absmax, p.format, p.scale, l / block);
+      const float scale = scale_of(absmax, p.format, p.scale, index);
       const bool saturated = double(scale) * double(qmax) < double(absmax);
       (p.stochastic ? code_block<true> : code_block<false>)(scale, qmax, saturated,
                                                             p.left != nullptr, count, u, q, y);
@@ -293,9 +310,10 @@ void dequantize_units(const DequantizeParams& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     Walk walk = {p.frozen, p.P, p.inner, p.start != nullptr ? p.start[unit] : unit * kCodeUnit};
     const int64_t stop = (unit + 1) * kCodeUnit < p.L ? (unit + 1) * kCodeUnit : p.L;
-    for (int64_t l = unit * kCodeUnit; l < stop; l += block) {
+    int64_t index = unit * (kCodeUnit / block);  // of the block
+    for (int64_t l = unit * kCodeUnit; l < stop; l += block, ++index) {
       const int64_t count = stop - l < block ? stop - l : block;
-      const float scale = scale_at(p.format, p.scale, l / block);
+      const float scale = scale_at(p.format, p.scale, index);
       decode(p, l, count, value);
       if (p.frozen != nullptr && p.inner == 1) {
         int64_t place[kMaxBlock + 1];

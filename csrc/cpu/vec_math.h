@@ -103,6 +103,13 @@ inline int32_t lowest_lane(vi x) {
   return x[0];
 }
 
+inline vi max(vi a, vi b) { return a > b ? a : b; }
+
+inline int32_t highest_lane(vi x) {
+  for (int half = kLanes / 2; half > 0; half /= 2) x = max(x, lanes(x, lane_ids() ^ half));
+  return x[0];
+}
+
 inline int32_t sum(vi x) {
   int32_t total = 0;
   for (int i = 0; i < kLanes; ++i) total += x[i];
