@@ -54,6 +54,7 @@ def bandwidth(rounds: int = 7) -> float:
 def peak_bytes(way: Way) -> int:
     """Bytes of memory that a call adds at its peak, its result included (Linux)."""
     way()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free and kept would be used again, unseen
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again
     before = _status("VmRSS")
     kept = way()

@@ -4,6 +4,7 @@
 
 #include "bind_combine.h"
 #include "bind_distill.h"
+#include "bind_low_rank.h"
 #include "bind_masked.h"
 #include "bind_quantize.h"
 #include "bind_route.h"
@@ -334,6 +335,13 @@ std::tuple<Tensor, Tensor> squared_grad(Tensor x_ND, Tensor grad_NF, std::option
   return {call.square, call.square_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor> low_rank_op(Tensor x_MN, Tensor q_NR,
+                                               std::optional<Tensor> residual_MN) {
+  return low_rank(x_MN, q_NR, residual_MN, [](const LowRankParams& params) {
+    cpu::kernels().low_rank(params, kTorchThreads);
+  });
+}
+
 // Levels this CPU can run, best first, separated by blanks.
 std::string cpu_levels() {
   std::string names;
@@ -391,6 +399,7 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "squared_grad(Tensor x_ND, Tensor grad_NF, Tensor? sample_N, Tensor? offset_E1) -> "
       "(Tensor, Tensor)");
+  m.def("low_rank(Tensor x_MN, Tensor q_NR, Tensor? residual_MN) -> (Tensor, Tensor, Tensor)");
   m.def("entropy(Tensor logits_BMC) -> Tensor");
   m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
   m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
@@ -426,6 +435,7 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("dequantize_add_", TORCH_BOX(&gose::dequantize_add));
   m.impl("distill_loss", TORCH_BOX(&gose::distill_loss));
   m.impl("distill_loss_train", TORCH_BOX(&gose::distill_loss_train));
+  m.impl("low_rank", TORCH_BOX(&gose::low_rank_op));
   m.impl("squared_grad", TORCH_BOX(&gose::squared_grad));
   m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
   m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));

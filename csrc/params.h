@@ -252,4 +252,22 @@ struct SquaredGradParams {  // the formulas are in gose_kernels/ops/squared_grad
   DType dtype;
 };
 
+struct LowRankParams {    // the formulas are in gose_kernels/ops/low_rank.py; y = x + residual
+  const void* x;          // [M, N] dtype
+  const float* residual;  // [M, N] or nullptr
+  float* q;               // [padded R, padded N]: old q, then the new one; zeros in the padding
+  double* image;          // [padded R, padded M], zeroed: y @ q, then its basis
+  double* reflect;        // [R, padded M], zeroed: scratch
+  double* beta;           // [R]: scratch
+  float* p_RM;            // [padded R, padded M], zeroed: p by columns
+  float* p_MR;
+  float* q_NR;
+  float* left;   // [M, N], nullptr without residual
+  CodeBad* bad;  // [ceil(M / 4)]
+  int64_t M, N, R;
+  int64_t padded_M, padded_N, padded_R;  // to multiples of 16, 32 and 4
+  int64_t stride_xm;
+  DType dtype;
+};
+
 }  // namespace gose

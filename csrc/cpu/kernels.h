@@ -32,7 +32,8 @@ struct Parallel {
   X(quantize, QuantizeParams)                \
   X(dequantize, DequantizeParams)            \
   X(distill_loss, DistillParams)             \
-  X(squared_grad, SquaredGradParams)
+  X(squared_grad, SquaredGradParams)         \
+  X(low_rank, LowRankParams)
 
 // One line per level that is compiled, worst first: X(level).
 #if defined(__x86_64__)
