@@ -9,7 +9,7 @@ import argparse
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,6 @@ def _status(field: str) -> int:
     raise RuntimeError(f"benchmarks: /proc/self/status has no {field}")
 
 
-def ratios(times: Mapping[str, Mapping[str, float]], to: str) -> dict[str, float]:
-    """Way -> median of `to` over its own median: how many times as fast it is."""
-    return {name: times[to]["median"] / t["median"] for name, t in times.items()}
-
-
 def run(
     name: str, doc: str | None, argv: Sequence[str], measure: Callable[[bool, int], dict[str, Any]]
 ) -> int:
@@ -92,18 +87,15 @@ def run(
         parser.error("--threads and --rounds must be at least 1")
     torch.set_num_threads(options.threads)
     values = measure(options.quick, options.rounds)
-    print_rows(values["rows"])
+    for row in values["rows"]:
+        print(_line(row))
     if not options.quick:
         command = " ".join(["python -m benchmarks", name, *argv])
+        values["columns"] = list(values["rows"][0])
         print(_record.save(name, command, options.threads, values))
     return 0
 
 
-def print_rows(rows: Iterable[Mapping[str, Any]]) -> None:
-    """One line a row: what it is, then its figures."""
-    for row in rows:
-        print(
-            ", ".join(
-                f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-            )
-        )
+def _line(row: Mapping[str, Any]) -> str:
+    """What the row is, then its figures."""
+    return ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())

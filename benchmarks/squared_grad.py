@@ -62,7 +62,7 @@ def measure(quick: bool, rounds: int) -> dict[str, Any]:
                 **{f"{way}_ms": 1e3 * t["median"] for way, t in times.items()},
                 **{f"{way}_MB": bytes_ / 1e6 for way, bytes_ in memory.items()},
                 "ratio": times["vmap"]["median"] / times["gose"]["median"],
-                "memory_ratio": memory["vmap"] / memory["gose"],
+                "memory_ratio": memory["vmap"] / max(memory["gose"], 1),
             }
         )
     return {"rows": rows}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ def system_table() -> str:
     return "\n".join([*lines, "", _source(result)])
 
 
+def rows_table(name: str) -> str:
+    """The rows of a benchmark as they are, three digits a figure."""
+    result = _result(name)
+    columns = result["columns"]
+    lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+    lines.append("|" + "---|" * len(columns))
+    for row in result["rows"]:
+        cells = (f"{v:.3g}" if isinstance(v := row[c], float) else str(v) for c in columns)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _source(result)])
+
+
 def packet_format() -> str:
     """The contract of a packet as gose.compress states it."""
     text = gose.compress.__doc__
@@ -78,6 +91,10 @@ BLOCKS = {
     "ops": ops_table,
     "claims": claims_table,
     "system": system_table,
+    "quantize": partial(rows_table, "quantize"),
+    "distill_loss": partial(rows_table, "distill_loss"),
+    "squared_grad": partial(rows_table, "squared_grad"),
+    "low_rank": partial(rows_table, "low_rank"),
     "packet": packet_format,
 }
 
