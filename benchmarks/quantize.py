@@ -10,6 +10,7 @@ Freed memory is kept by the allocator for every way (see _interleave.keep_freed_
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,11 +100,7 @@ def measure(quick: bool, rounds: int) -> dict[str, Any]:
     rows = []
     for name, (own, bytes_each, chain, args) in ours.items():
         compiled = torch.compile(chain)
-        ways = {
-            "gose": own,
-            "compiled": lambda run=compiled, args=args: run(*args),
-            "eager": lambda run=chain, args=args: run(*args),
-        }
+        ways = {"gose": own, "compiled": partial(compiled, *args), "eager": partial(chain, *args)}
         times = _interleave.seconds(ways, rounds)
         median = times["gose"]["median"]
         rows.append(
