@@ -2,9 +2,9 @@
 
     python -m benchmarks distill_loss [--quick] [--threads N] [--rounds N]
 
-Hard labels, tau 2. Freed memory is kept by the allocator for every way (see
-_interleave.keep_freed_memory) once `memory` is measured. `ratio` is the eager chain's time over ours; `memory` is what one step adds at
-its peak, gradient included, in multiples of the gradient.
+Hard labels, tau 2. `ratio` is the eager chain's time over ours; `memory` is what one step adds at
+its peak, gradient included, in multiples of the gradient. Once that is measured, freed memory is
+kept by the allocator for every way (see _interleave.keep_freed_memory).
 """
 
 from __future__ import annotations

@@ -100,7 +100,11 @@ def measure(quick: bool, rounds: int) -> dict[str, Any]:
     rows = []
     for name, (own, bytes_each, chain, args) in ours.items():
         compiled = torch.compile(chain)
-        ways = {"gose": own, "compiled": partial(compiled, *args), "eager": partial(chain, *args)}
+        ways: dict[str, _interleave.Way] = {
+            "gose": own,
+            "compiled": partial(compiled, *args),
+            "eager": partial(chain, *args),
+        }
         times = _interleave.seconds(ways, rounds)
         median = times["gose"]["median"]
         rows.append(
