@@ -40,7 +40,12 @@ if sysconfig.get_platform().endswith("x86_64"):
         *LEVELS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
-COMPILED_ONCE = {"isa.cpp"}
+# Compiled once, each with its own flags; the micro-kernels are empty where LEVELS has no avx512.
+COMPILED_ONCE: dict[str, list[str]] = {
+    "isa.cpp": [],
+    "microgemm_avx512_bf16.cpp": [*LEVELS["avx512"], "-mavx512bf16"] if "avx512" in LEVELS else [],
+    "microgemm_amx.cpp": ["-mamx-tile", "-mamx-bf16"] if "avx512" in LEVELS else [],
+}
 # Every operation rounds: the codecs' bytes are the same on every backend, the optimizers' on every
 # level. Both wait for memory, so a fused multiply-add would win nothing.
 NOT_FUSED = {"masked_update.cpp", "quantize.cpp"}
@@ -190,7 +195,7 @@ class Build(build_ext):
 
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             if source.name in COMPILED_ONCE:
-                compile_(source, f"{source.stem}.o", "")
+                compile_(source, f"{source.stem}.o", " ".join(COMPILED_ONCE[source.name]))
                 continue
             for level, level_flags in LEVELS.items():
                 exact = ["-ffp-contract=off"] if source.name in NOT_FUSED else []

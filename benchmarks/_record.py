@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import gose_kernels as gk
-from gose import rundir
+from gose import checkpoint, rundir
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,21 +32,24 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def save(name: str, command: str, threads: int, values: Mapping[str, Any]) -> Path:
-    """Writes benchmarks/results/<name>.json and gives its path."""
-    result = {
-        "command": command,
-        "commit": commit(),
-        "machine": {
-            "cpu": rundir.cpu_model(),
-            "cpu_level": gk.native.cpu_level(),
-            "platform": platform.platform(),
-            "threads": threads,
-            "torch": torch.__version__,
-        },
-        **values,
+def machine(threads: int) -> dict[str, Any]:
+    """Where numbers come from."""
+    return {
+        "cpu": rundir.cpu_model(),
+        "cpu_level": gk.native.cpu_level(),
+        "platform": platform.platform(),
+        "threads": threads,
+        "torch": torch.__version__,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save(
+    name: str, command: str, threads: int, values: Mapping[str, Any], folder: Path = RESULTS
+) -> Path:
+    """Writes benchmarks/results/<name>.json, or that name in `folder`, and gives its path."""
+    result = {"command": command, "commit": commit(), "machine": machine(threads), **values}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+    checkpoint.write_file(path, text.encode())
     return path

@@ -6,6 +6,7 @@
 #include "bind_distill.h"
 #include "bind_low_rank.h"
 #include "bind_masked.h"
+#include "bind_mlp.h"
 #include "bind_quantize.h"
 #include "bind_route.h"
 #include "bind_routing.h"
@@ -70,43 +71,31 @@ std::tuple<Tensor, Tensor, Tensor> dispatch(Tensor expert_TK, int64_t num_expert
   return {call.row, call.token, call.offset};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(
-    Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
-    std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE,
-    std::string policy, bool softmax_before, bool renormalize, std::string gate, int64_t num_groups,
-    int64_t top_groups, double entropy_floor, std::optional<double> tau,
-    std::optional<int64_t> capacity, std::string capacity_order,
-    std::optional<std::string> adaptive, double mass, std::vector<double> bands, double noise_std) {
-  const RouteOptions options = {policy,     softmax_before, renormalize, gate,     num_groups,
-                                top_groups, entropy_floor,  tau,         capacity, capacity_order,
-                                adaptive,   mass,           bands,       noise_std};
+std::tuple<HandedOver, HandedOver, HandedOver, HandedOver, HandedOver, HandedOver> route(
+    Tensor options, Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
+    std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE) {
   const RouteTensors given = {entropy_TE, entropy_E, bias_E, noise_TE};
-  const RouteCall call = prepare_route(score_TE, top_k, given, options);
+  RouteCall call = prepare_route(score_TE, top_k, given, RouteOptions(options));
   cpu::kernels().route(call.params, kTorchThreads);
-  return {call.weight, call.expert, call.entropy, call.load, call.importance, call.loss};
+  return {call.weight.hand_over(), call.expert.hand_over(),     call.entropy.hand_over(),
+          call.load.hand_over(),   call.importance.hand_over(), call.loss.hand_over()};
 }
 
-Tensor route_backward(Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
-                      std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E,
-                      std::optional<Tensor> noise_TE, Tensor expert_TK, Tensor load_E,
-                      Tensor importance_E, std::optional<Tensor> grad_weight_TK,
-                      std::optional<Tensor> grad_entropy_T, std::optional<Tensor> grad_importance_E,
-                      std::optional<Tensor> grad_loss_L, std::string policy, bool softmax_before,
-                      bool renormalize, std::string gate, int64_t num_groups, int64_t top_groups,
-                      double entropy_floor, std::optional<double> tau,
-                      std::optional<int64_t> capacity, std::string capacity_order,
-                      std::optional<std::string> adaptive, double mass, std::vector<double> bands,
-                      double noise_std) {
-  const RouteOptions options = {policy,     softmax_before, renormalize, gate,     num_groups,
-                                top_groups, entropy_floor,  tau,         capacity, capacity_order,
-                                adaptive,   mass,           bands,       noise_std};
+Tensor route_backward(Tensor options, Tensor score_TE, int64_t top_k,
+                      std::optional<Tensor> entropy_TE, std::optional<Tensor> entropy_E,
+                      std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE,
+                      Tensor expert_TK, Tensor load_E, Tensor importance_E,
+                      std::optional<Tensor> grad_weight_TK, std::optional<Tensor> grad_entropy_T,
+                      std::optional<Tensor> grad_importance_E, std::optional<Tensor> grad_loss_L) {
   const RouteTensors given = {entropy_TE, entropy_E, bias_E, noise_TE};
-  const RouteBackwardCall call = prepare_route_backward(
+  RouteBackwardCall call = prepare_route_backward(
       score_TE, top_k, given, expert_TK, load_E, importance_E, grad_weight_TK, grad_entropy_T,
-      grad_importance_E, grad_loss_L, options);
+      grad_importance_E, grad_loss_L, RouteOptions(options));
   cpu::kernels().route_backward(call.params, kTorchThreads);
   const Tensor& ranked = entropy_TE ? *entropy_TE : entropy_E ? *entropy_E : score_TE;
-  return torch::stable::to(call.grad, ranked.scalar_type());
+  const Tensor grad = call.grad.tensor();
+  const bool same = ranked.scalar_type() == grad.scalar_type();
+  return same ? grad : torch::stable::to(grad, ranked.scalar_type());
 }
 
 void masked_sgd(Tensors param, Tensors grad, Tensors momentum_buffer, Tensors frozen, Tensor lr,
@@ -177,6 +166,52 @@ void masked_lion(Tensors param, Tensors grad, Tensors exp_avg, Tensors frozen, T
                                kTorchThreads);
   });
 }
+
+void pack_matrix(Tensor packed_EB, Tensor w_EFD, int64_t at, bool gated, bool interleaved,
+                 bool transposed) {
+  const char* op = "pack_matrix";
+  const DType dtype = packable(op, "w_EFD", w_EFD);
+  const int64_t columns = w_EFD.size(transposed ? 2 : 1), K = w_EFD.size(transposed ? 1 : 2);
+  const int64_t bytes = panel_bytes(columns, K, gated, dtype);
+  if (packed_EB.numel() == 0 && w_EFD.numel() == 0) return;
+  if (packed_EB.scalar_type() != ScalarType::Byte || packed_EB.dim() != 2 ||
+      packed_EB.size(0) != w_EFD.size(0) || at < 0 || at % 64 != 0 ||
+      packed_EB.size(1) < at + bytes || packed_EB.stride(1) != 1 || packed_EB.stride(0) % 64 != 0) {
+    refuse(op, ": packed_EB must be uint8 with ", w_EFD.size(0), " rows of at least ", at + bytes,
+           " bytes, a multiple of 64 apart, got ", shape_of(packed_EB));
+  }
+  advise_huge_pages(packed_EB.mutable_data_ptr(), packed_EB.size(0) * packed_EB.stride(0));
+  cpu::kernels().pack(pack_params(w_EFD, transposed, gated, interleaved, packed_EB, at, dtype),
+                      kTorchThreads);
+}
+
+std::tuple<Tensor, Tensor> expert_mlp(Tensor x_TD, Tensor weight_TK, Tensor expert_TK,
+                                      Tensor packed_EB, int64_t hidden,
+                                      std::optional<Tensor> bias_up_EH,
+                                      std::optional<Tensor> bias_down_ED, std::string activation,
+                                      bool interleaved, std::optional<double> limit, double alpha,
+                                      bool keep_pre) {
+  return run_expert_mlp(x_TD, weight_TK, expert_TK, packed_EB, bias_up_EH, bias_down_ED,
+                        {hidden, activation, interleaved, limit, alpha, keep_pre},
+                        torch::stable::get_num_threads(), kTorchThreads);
+}
+
+Tensor grouped_gemm(Tensor x_ND, Tensor packed_EB, Tensor offset_E1, std::optional<Tensor> bias_EF,
+                    int64_t hidden) {
+  return run_grouped_gemm(x_ND, packed_EB, offset_E1, bias_EF, hidden,
+                          torch::stable::get_num_threads(), kTorchThreads);
+}
+
+std::string micro_kernel(std::string dtype) {
+  const DType type = dtype == "bfloat16"  ? DType::kBFloat16
+                     : dtype == "float16" ? DType::kFloat16
+                                          : DType::kFloat32;
+  return cpu::micro_gemm(type).name;
+}
+
+int64_t scratch_bytes() { return ScratchPool::of_process().held(); }
+
+void release_scratch() { ScratchPool::of_process().release(); }
 
 void run_find_live(const LiveParams& params) { cpu::kernels().find_live(params, kTorchThreads); }
 
@@ -403,20 +438,28 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def("entropy(Tensor logits_BMC) -> Tensor");
   m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
   m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
-#define GOSE_ROUTE_OPTIONS                                                                        \
-  "str policy, bool softmax_before, bool renormalize, str gate, int num_groups, int top_groups, " \
-  "float entropy_floor, float? tau, int? capacity, str capacity_order, str? adaptive, "           \
-  "float mass, float[] bands, float noise_std)"
   m.def(
-      "route(Tensor score_TE, int top_k, Tensor? entropy_TE, Tensor? entropy_E, Tensor? bias_E, "
-      "Tensor? noise_TE, " GOSE_ROUTE_OPTIONS
-      " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "route(Tensor options, Tensor score_TE, int top_k, Tensor? entropy_TE=None, "
+      "Tensor? entropy_E=None, Tensor? bias_E=None, Tensor? noise_TE=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "route_backward(Tensor score_TE, int top_k, Tensor? entropy_TE, Tensor? entropy_E, "
-      "Tensor? bias_E, Tensor? noise_TE, Tensor expert_TK, Tensor load_E, Tensor importance_E, "
-      "Tensor? grad_weight_TK, Tensor? grad_entropy_T, Tensor? grad_importance_E, "
-      "Tensor? grad_loss_L, " GOSE_ROUTE_OPTIONS " -> Tensor");
-#undef GOSE_ROUTE_OPTIONS
+      "route_backward(Tensor options, Tensor score_TE, int top_k, Tensor? entropy_TE, "
+      "Tensor? entropy_E, Tensor? bias_E, Tensor? noise_TE, Tensor expert_TK, Tensor load_E, "
+      "Tensor importance_E, Tensor? grad_weight_TK, Tensor? grad_entropy_T, "
+      "Tensor? grad_importance_E, Tensor? grad_loss_L) -> Tensor");
+  m.def(
+      "pack_matrix(Tensor(a!) packed_EB, Tensor w_EFD, int at, bool gated, bool interleaved, "
+      "bool transposed) -> ()");
+  m.def(
+      "expert_mlp(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor packed_EB, int hidden, "
+      "Tensor? bias_up_EH, Tensor? bias_down_ED, str activation, bool interleaved, "
+      "float? limit, float alpha, bool keep_pre) -> (Tensor, Tensor)");
+  m.def(
+      "grouped_gemm(Tensor x_ND, Tensor packed_EB, Tensor offset_E1, Tensor? bias_EF, int hidden) "
+      "-> Tensor");
+  m.def("micro_kernel(str dtype) -> str");
+  m.def("scratch_bytes() -> int");
+  m.def("release_scratch() -> ()");
   m.def("cpu_levels() -> str");
   m.def("cpu_level() -> str");
   m.def("built_with_cuda() -> bool");
@@ -440,9 +483,15 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
   m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
+  m.impl("pack_matrix", TORCH_BOX(&gose::pack_matrix));
+  m.impl("expert_mlp", TORCH_BOX(&gose::expert_mlp));
+  m.impl("grouped_gemm", TORCH_BOX(&gose::grouped_gemm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CompositeExplicitAutograd, m) {
+  m.impl("micro_kernel", TORCH_BOX(&gose::micro_kernel));
+  m.impl("scratch_bytes", TORCH_BOX(&gose::scratch_bytes));
+  m.impl("release_scratch", TORCH_BOX(&gose::release_scratch));
   m.impl("cpu_levels", TORCH_BOX(&gose::cpu_levels));
   m.impl("cpu_level", TORCH_BOX(&gose::cpu_level));
   m.impl("built_with_cuda", TORCH_BOX(&gose::built_with_cuda));

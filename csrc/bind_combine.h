@@ -32,8 +32,8 @@ inline CombineCall prepare_combine(const Tensor& y_ND, const Tensor& weight_TK,
                                    const Tensor& row_TK) {
   check_combine("combine", y_ND, weight_TK, row_TK);
   const Tensor y = rows_contiguous(y_ND);
-  const Tensor weight = torch::stable::contiguous(weight_TK);
-  const Tensor row = torch::stable::contiguous(row_TK);
+  const Tensor weight = dense(weight_TK);
+  const Tensor row = dense(row_TK);
   Tensor out = torch::stable::new_empty(y, {weight.size(0), y.size(1)});
   const CombineParams params = {
       .y = y.const_data_ptr(),
@@ -67,8 +67,8 @@ inline CombineBackwardCall prepare_combine_backward(const Tensor& grad_TD, const
   }
   const Tensor grad = rows_contiguous(grad_TD);
   const Tensor y = rows_contiguous(y_ND);
-  const Tensor weight = torch::stable::contiguous(weight_TK);
-  const Tensor row = torch::stable::contiguous(row_TK);
+  const Tensor weight = dense(weight_TK);
+  const Tensor row = dense(row_TK);
   Tensor grad_y = torch::stable::new_zeros(y, {y.size(0), y.size(1)});
   Tensor grad_weight = torch::stable::new_empty(weight, {weight.size(0), weight.size(1)});
   const CombineBackwardParams params = {

@@ -5,7 +5,7 @@
 #include <optional>
 #include <vector>
 
-#include "bind_route.h"
+#include "bind_routing.h"
 
 namespace gose {
 

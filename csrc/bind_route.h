@@ -2,7 +2,8 @@
 // conversion to what the kernels read, scratch.
 #pragma once
 
-#include <cmath>
+#include <cstddef>
+#include <cstring>
 #include <memory>
 #include <optional>
 
@@ -10,23 +11,41 @@
 
 namespace gose {
 
-struct RouteOptions {  // in schema order
-  std::string policy;
-  bool softmax_before, renormalize;
-  std::string gate;
+// The numbers of _pack in gose_kernels/ops/route.py, which has checked them: one tensor, kept from
+// call to call, where fourteen arguments of their own would cost 4 us each time.
+struct RouteOptions {
+  RoutePolicy policy;
+  bool softmax_before, renormalize, sigmoid_gate;
   int64_t num_groups, top_groups;
-  double entropy_floor;
-  std::optional<double> tau;
-  std::optional<int64_t> capacity;
-  std::string capacity_order;
-  std::optional<std::string> adaptive;
-  double mass;
-  std::vector<double> bands;
-  double noise_std;
+  float entropy_floor, tau;  // tau 0 = none
+  int64_t capacity;          // 0 = none
+  bool priority;
+  RouteAdaptive adaptive;
+  float mass, noise_std;
+  const double* bands;
+  int64_t num_bands;
 
-  bool egs() const { return policy == "egs"; }
+  explicit RouteOptions(const Tensor& packed) {
+    constexpr int64_t kNumbers = 13;
+    const int64_t count = packed.numel();
+    if (packed.scalar_type() != ScalarType::Double || count < kNumbers || !packed.is_contiguous()) {
+      refuse("route: options must be the tensor that gose_kernels.ops.route makes of them");
+    }
+    const double* x = static_cast<const double*>(packed.const_data_ptr());
+    policy = RoutePolicy(int32_t(x[0]));
+    softmax_before = x[1] != 0, renormalize = x[2] != 0, sigmoid_gate = x[3] != 0;
+    num_groups = int64_t(x[4]), top_groups = int64_t(x[5]);
+    entropy_floor = float(x[6]), tau = float(x[7]);
+    capacity = int64_t(x[8]), priority = x[9] != 0;
+    adaptive = RouteAdaptive(int32_t(x[10]));
+    mass = float(x[11]), noise_std = float(x[12]);
+    bands = x + kNumbers, num_bands = count - kNumbers;
+  }
+
+  bool egs() const { return policy == RoutePolicy::kEgs; }
   bool sigmoid() const {
-    return policy == "sigmoid" || (policy == "group_limited" && gate == "sigmoid");
+    return policy == RoutePolicy::kSigmoid ||
+           (policy == RoutePolicy::kGroupLimited && sigmoid_gate);
   }
 };
 
@@ -38,77 +57,27 @@ struct RouteTensors {
 struct RouteSource {
   Tensor score;
   std::optional<Tensor> entropy, bias, noise;
-  std::vector<double> bands;
-  std::unique_ptr<float[]> floats;
-  std::vector<int32_t> ints;
-  std::unique_ptr<double[]> doubles;
+  std::unique_ptr<std::byte[]> large;
   std::unique_ptr<float[]> log_p;
   std::unique_ptr<uint32_t[]> order;
   RouteInput in;
   RouteScratch scratch;
 };
 
-inline bool is_floating(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-         type == ScalarType::Half;
-}
-
 template <class Wanted, class Got>
 inline void want(bool holds, const char* argument, const Wanted& wanted, const Got& got) {
   if (!holds) refuse("route: ", argument, " must be ", wanted, ", got ", got);
 }
 
-// A number as Python writes it: 1.0, not 1.
-inline std::string real(double x) {
-  std::ostringstream text;
-  text << x;
-  return std::isfinite(x) && x == std::floor(x) && std::fabs(x) < 1e5 ? text.str() + ".0"
-                                                                      : text.str();
-}
-
-inline std::string reals(const std::vector<double>& values) {
-  std::string text = "[";
-  for (size_t i = 0; i < values.size(); ++i) text += (i ? ", " : "") + real(values[i]);
-  return text + "]";
-}
-
-inline std::string quoted(const std::string& text) { return "'" + text + "'"; }
-
 inline void want_tensor(const char* name, const std::optional<Tensor>& value,
-                        const std::vector<int64_t>& shape, bool read) {
+                        std::initializer_list<int64_t> sizes, bool read) {
   if (!value) return;
+  const std::vector<int64_t> shape = sizes;
   want(read, name, "None", "a tensor: this policy does not read it");
   if (sizes_of(*value, value->dim()) != shape) {
     want(false, name, "of shape " + shape_text(shape), shape_of(*value));
   }
   want(is_floating(*value), name, "floating point", dtype_name(value->scalar_type()));
-}
-
-inline void check_groups(const RouteOptions& o, int64_t E, int64_t top_k) {
-  if (o.num_groups < 1 || E % o.num_groups != 0) {
-    want(false, "num_groups", "a divisor of E=" + std::to_string(E), o.num_groups);
-  }
-  if (o.top_groups < 1 || o.top_groups > o.num_groups) {
-    want(false, "top_groups", "in [1, num_groups=" + std::to_string(o.num_groups) + "]",
-         o.top_groups);
-  }
-  const int64_t room = o.top_groups * (E / o.num_groups);
-  if (top_k > room) {
-    want(false, "top_k", "at most the " + std::to_string(room) + " experts of the top_groups",
-         top_k);
-  }
-}
-
-inline void check_adaptive(const RouteOptions& o) {
-  if (!o.adaptive) return;
-  const std::string& kind = *o.adaptive;
-  want(kind == "mass" || kind == "bands", "adaptive", "None, mass or bands", kind);
-  want(o.policy != "expert_choice", "adaptive", "None for expert_choice", kind);
-  if (!(0 < o.mass && o.mass <= 1)) want(false, "mass", "in (0, 1]", real(o.mass));
-  bool fits = kind == "mass" || !o.bands.empty();
-  for (size_t i = 1; i < o.bands.size(); ++i) fits = fits && o.bands[i - 1] < o.bands[i];
-  if (!fits) want(false, "bands", "ascending and not empty", reals(o.bands));
 }
 
 inline void check_route(const Tensor& score, int64_t top_k, const RouteTensors& given,
@@ -119,37 +88,20 @@ inline void check_route(const Tensor& score, int64_t top_k, const RouteTensors& 
   want(is_floating(score), "score_TE", "floating point", dtype_name(score.scalar_type()));
   const int64_t T = score.size(0), E = score.size(1);
   if (top_k < 1 || top_k > E) refuse("route: top_k must be in [1, E=", E, "], got ", top_k);
-  const bool softmax = o.policy == "softmax", egs = o.egs();
-  if (!softmax && !egs && o.policy != "sigmoid" && o.policy != "group_limited" &&
-      o.policy != "expert_choice") {
-    want(false, "policy", "one of softmax, sigmoid, group_limited, expert_choice, egs",
-         quoted(o.policy));
-  }
+  const bool egs = o.egs();
   want_tensor("entropy_TE", given.entropy_TE, {T, E}, egs);
   want_tensor("entropy_E", given.entropy_E, {E}, egs);
   want_tensor("bias_E", given.bias_E, {E}, o.sigmoid());
-  want_tensor("noise_TE", given.noise_TE, {T, E}, softmax);
+  want_tensor("noise_TE", given.noise_TE, {T, E}, o.policy == RoutePolicy::kSoftmax);
   const int count = given.entropy_TE.has_value() + given.entropy_E.has_value();
   want(count == egs, "exactly one of entropy_TE and entropy_E", "given to policy egs", count);
-  if (!(o.entropy_floor > 0)) want(false, "entropy_floor", "above 0", real(o.entropy_floor));
-  if (o.tau) {
-    if (!egs) want(false, "tau", "None", real(*o.tau) + ": only policy egs reads it");
-    if (!(*o.tau > 0)) want(false, "tau", "above 0", real(*o.tau));
+  if (o.policy != RoutePolicy::kGroupLimited) return;
+  if (E % o.num_groups != 0) {
+    refuse("route: num_groups must be a divisor of E=", E, ", got ", o.num_groups);
   }
-  if (o.gate != "softmax" && o.gate != "sigmoid") {
-    want(false, "gate", "softmax or sigmoid", quoted(o.gate));
-  }
-  if (o.policy == "group_limited") check_groups(o, E, top_k);
-  if (o.capacity_order != "token" && o.capacity_order != "priority") {
-    want(false, "capacity_order", "token or priority", o.capacity_order);
-  }
-  want(o.capacity.has_value() || o.policy != "expert_choice", "capacity",
-       "given to policy expert_choice", "None");
-  if (o.capacity) want(*o.capacity >= 1, "capacity", "at least 1", *o.capacity);
-  check_adaptive(o);
-  if (!(o.noise_std >= 0)) want(false, "noise_std", "at least 0", real(o.noise_std));
-  if (!softmax && o.noise_std != 0) {
-    want(false, "noise_std", "0 for " + o.policy, real(o.noise_std));
+  const int64_t room = o.top_groups * (E / o.num_groups);
+  if (top_k > room) {
+    refuse("route: top_k must be at most the ", room, " experts of the top_groups, got ", top_k);
   }
 }
 
@@ -163,12 +115,13 @@ inline const float* floats_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
 }
 
-inline RoutePolicy policy_of(const std::string& name) {
-  return name == "softmax"         ? RoutePolicy::kSoftmax
-         : name == "sigmoid"       ? RoutePolicy::kSigmoid
-         : name == "group_limited" ? RoutePolicy::kGroupLimited
-         : name == "expert_choice" ? RoutePolicy::kExpertChoice
-                                   : RoutePolicy::kEgs;
+// Scratch of a few tokens stays with the calling thread: its malloc and free cost 0.3 us.
+inline std::byte* small_scratch(int64_t count, std::unique_ptr<std::byte[]>& large) {
+  constexpr int64_t kKept = 1 << 15;
+  thread_local const std::unique_ptr<std::byte[]> kept(new std::byte[kKept]);
+  if (count <= kKept) return kept.get();
+  large.reset(new std::byte[count]);
+  return large.get();
 }
 
 inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
@@ -182,15 +135,16 @@ inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
   s.entropy = float_rows(given.entropy_TE ? given.entropy_TE : given.entropy_E);
   s.bias = float_rows(given.bias_E);
   s.noise = float_rows(given.noise_TE);
-  s.bands = o.bands;
-  s.floats.reset(new float[rows + 2 * padded]);
-  s.ints.resize(blocks * kRouteCounts * padded);
-  s.doubles.reset(new double[blocks * 3]());
-  const RoutePolicy policy = policy_of(o.policy);
-  if (policy == RoutePolicy::kExpertChoice) {
+  // One allocation: doubles, counts, then rows. Doubles and counts start as zeros.
+  const int64_t zeros = blocks * (3 * sizeof(double) + kRouteCounts * padded * sizeof(int32_t));
+  std::byte* const bytes = small_scratch(zeros + (rows + 2 * padded) * sizeof(float), s.large);
+  std::memset(bytes, 0, zeros);
+  double* const doubles = reinterpret_cast<double*>(bytes);
+  float* const floats = reinterpret_cast<float*>(bytes + zeros);
+  if (o.policy == RoutePolicy::kExpertChoice) {
     s.log_p.reset(new float[T * padded]);
     s.order.reset(new uint32_t[T * padded]);
-  } else if (o.capacity && o.capacity_order == "priority") {
+  } else if (o.capacity > 0 && o.priority) {
     s.log_p.reset(new float[T]);
     s.order.reset(new uint32_t[T * 4]);
   }
@@ -199,7 +153,7 @@ inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
       .entropy = floats_of(s.entropy),
       .bias = floats_of(s.bias),
       .noise = floats_of(s.noise),
-      .bands = s.bands.data(),
+      .bands = o.bands,
       .T = T,
       .E = E,
       .K = top_k,
@@ -208,44 +162,31 @@ inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
       .stride_nt = s.noise ? s.noise->stride(0) : 0,
       .num_groups = o.num_groups,
       .top_groups = o.top_groups,
-      .num_bands = int64_t(s.bands.size()),
-      .capacity = o.capacity.value_or(0),
-      .floor = float(o.entropy_floor),
-      .tau = o.tau ? float(*o.tau) : 0.f,
-      .mass = float(o.mass),
-      .noise_std = float(o.noise_std),
-      .policy = policy,
+      .num_bands = o.num_bands,
+      .capacity = o.capacity,
+      .floor = o.entropy_floor,
+      .tau = o.tau,
+      .mass = o.mass,
+      .noise_std = o.noise_std,
+      .policy = o.policy,
       .sum = o.egs() || o.renormalize ? RouteSum::kChosen
              : o.sigmoid()            ? RouteSum::kNothing
              : o.softmax_before       ? RouteSum::kExperts
                                       : RouteSum::kChosen,
-      .adaptive = !o.adaptive             ? RouteAdaptive::kNone
-                  : *o.adaptive == "mass" ? RouteAdaptive::kMass
-                                          : RouteAdaptive::kBands,
+      .adaptive = o.adaptive,
       .sigmoid = o.sigmoid(),
-      .priority = o.capacity_order == "priority",
+      .priority = o.priority,
       .dtype = float_dtype("route", "score_TE", s.score),
   };
-  s.scratch = {s.floats.get(),        s.ints.data(), s.doubles.get(),
-               s.floats.get() + rows, s.log_p.get(), s.order.get()};
+  s.scratch = {floats,        reinterpret_cast<int32_t*>(doubles + blocks * 3),
+               doubles,       floats + rows,
+               s.log_p.get(), s.order.get()};
   return s;
-}
-
-// An uninitialised contiguous tensor, without the dispatcher: six outputs cost more than one row.
-inline Tensor cpu_empty(std::initializer_list<int64_t> sizes, ScalarType type) {
-  const int64_t* size = sizes.begin();
-  const int64_t stride[2] = {sizes.size() > 1 ? std::max<int64_t>(1, size[1]) : 1, 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), size, stride,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 struct RouteCall {
   RouteSource source;
-  Tensor weight, expert, entropy, load, importance, loss;
+  NewTensor weight, expert, entropy, load, importance, loss;
   RouteParams params;
 };
 
@@ -253,29 +194,27 @@ inline RouteCall prepare_route(const Tensor& score_TE, int64_t top_k, const Rout
                                const RouteOptions& options) {
   RouteSource source = prepare_route_source(score_TE, top_k, given, options);
   const int64_t T = source.in.T, E = source.in.E;
-  Tensor weight = cpu_empty({T, top_k}, ScalarType::Float);
-  Tensor expert = cpu_empty({T, top_k}, ScalarType::Int);
-  Tensor entropy = cpu_empty({T}, ScalarType::Float);
-  Tensor load = cpu_empty({E}, ScalarType::Int);
-  Tensor importance = cpu_empty({E}, ScalarType::Float);
-  Tensor loss = cpu_empty({5}, ScalarType::Float);
+  NewTensor weight({T, top_k}, ScalarType::Float), expert({T, top_k}, ScalarType::Int);
+  NewTensor entropy({T}, ScalarType::Float), load({E}, ScalarType::Int);
+  NewTensor importance({E}, ScalarType::Float), loss({5}, ScalarType::Float);
   const RouteParams params = {
       .in = source.in,
-      .weight = static_cast<float*>(weight.mutable_data_ptr()),
-      .expert = static_cast<int32_t*>(expert.mutable_data_ptr()),
-      .entropy = static_cast<float*>(entropy.mutable_data_ptr()),
-      .load = static_cast<int32_t*>(load.mutable_data_ptr()),
-      .importance = static_cast<float*>(importance.mutable_data_ptr()),
-      .loss = static_cast<float*>(loss.mutable_data_ptr()),
+      .weight = static_cast<float*>(weight.data()),
+      .expert = static_cast<int32_t*>(expert.data()),
+      .entropy = static_cast<float*>(entropy.data()),
+      .load = static_cast<int32_t*>(load.data()),
+      .importance = static_cast<float*>(importance.data()),
+      .loss = static_cast<float*>(loss.data()),
       .scratch = source.scratch,
   };
-  return {std::move(source), weight, expert, entropy, load, importance, loss, params};
+  return {std::move(source), std::move(weight),     std::move(expert), std::move(entropy),
+          std::move(load),   std::move(importance), std::move(loss),   params};
 }
 
 struct RouteBackwardCall {
   RouteSource source;
   std::vector<Tensor> read;  // contiguous inputs
-  Tensor grad;
+  NewTensor grad;
   RouteBackwardParams params;
 };
 
@@ -294,7 +233,7 @@ inline RouteBackwardCall prepare_route_backward(
       refuse("route_backward: ", name, " must be ", dtype_name(type), " of shape ",
              shape_text(shape), ", got ", dtype_name(t->scalar_type()), " of shape ", shape_of(*t));
     }
-    read.push_back(torch::stable::contiguous(*t));
+    read.push_back(dense(*t));
     return read.back().const_data_ptr();
   };
   const auto floats = [&](const char* name, const std::optional<Tensor>& t,
@@ -312,9 +251,7 @@ inline RouteBackwardCall prepare_route_backward(
   }
   // The gradient of entropies comes in float32 and is rounded to their dtype at the end.
   const ScalarType type = options.egs() ? ScalarType::Float : score_TE.scalar_type();
-  const std::vector<int64_t> shape =
-      given.entropy_E ? std::vector<int64_t>{E} : std::vector<int64_t>{T, E};
-  Tensor grad = torch::stable::new_empty(source.score, shape, type);
+  NewTensor grad = given.entropy_E ? NewTensor({E}, type) : NewTensor({T, E}, type);
   const RouteBackwardParams params = {
       .in = source.in,
       .expert = expert,
@@ -324,10 +261,10 @@ inline RouteBackwardCall prepare_route_backward(
       .grad_entropy = floats("grad_entropy_T", grad_entropy_T, {T}),
       .grad_importance = floats("grad_importance_E", grad_importance_E, {E}),
       .grad_loss = floats("grad_loss_L", grad_loss_L, {5}),
-      .grad = grad.mutable_data_ptr(),
+      .grad = grad.data(),
       .scratch = source.scratch,
   };
-  return {std::move(source), std::move(read), grad, params};
+  return {std::move(source), std::move(read), std::move(grad), params};
 }
 
 }  // namespace gose

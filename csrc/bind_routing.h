@@ -6,10 +6,7 @@
 #include <vector>
 
 #include "bind.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "scratch.h"
 
 namespace gose {
 
@@ -22,16 +19,8 @@ inline std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {
 // The tensor, just made and not yet written, on huge pages where Linux gives them on request: a
 // fault for every 4 KB of a large output takes longer than the kernel that fills it.
 inline Tensor on_huge_pages(Tensor fresh, int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kPage = 2 << 20, kLeast = 16 << 20;
-  if (bytes < kLeast) return fresh;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
-                  stop = (begin + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), stop - first, MADV_HUGEPAGE);  // a wish: may be refused
-#else
-  (void)bytes;
-#endif
+  constexpr int64_t kLeast = 16 << 20;
+  if (bytes >= kLeast) advise_huge_pages(fresh.mutable_data_ptr(), bytes);
   return fresh;
 }
 
@@ -58,7 +47,7 @@ inline void check_logits(const char* op, const Tensor& logits) {
 inline EntropyCall prepare_entropy(const Tensor& logits_BMC) {
   check_logits("entropy", logits_BMC);
   const DType dtype = float_dtype("entropy", "logits_BMC", logits_BMC);
-  const Tensor logits = torch::stable::contiguous(logits_BMC);
+  const Tensor logits = dense(logits_BMC);
   const int64_t dims = logits.dim() - 1, C = logits.size(dims);
   Tensor out = torch::stable::new_empty(logits, sizes_of(logits, dims), ScalarType::Float);
   const EntropyParams params = {
@@ -90,8 +79,8 @@ inline EntropyBackwardCall prepare_entropy_backward(const Tensor& grad_BM,
            dtype_name(logits_BMC.scalar_type()), ", got ", dtype_name(grad_BM.scalar_type()));
   }
   const DType dtype = float_dtype(op, "logits_BMC", logits_BMC);
-  const Tensor grad = torch::stable::contiguous(grad_BM);
-  const Tensor logits = torch::stable::contiguous(logits_BMC);
+  const Tensor grad = dense(grad_BM);
+  const Tensor logits = dense(logits_BMC);
   Tensor grad_logits = torch::stable::new_empty(logits, sizes_of(logits, dims + 1));
   const EntropyBackwardParams params = {
       .grad = static_cast<const float*>(grad.const_data_ptr()),
@@ -104,16 +93,34 @@ inline EntropyBackwardCall prepare_entropy_backward(const Tensor& grad_BM,
   return {grad, logits, grad_logits, params};
 }
 
-struct DispatchCall {
-  Tensor expert, row, token, offset;
-  std::vector<int32_t> scratch;
-  DispatchParams params;
+// The plan of a counting sort by expert, in memory of the caller.
+struct PlanMemory {
+  int32_t *row, *token, *offset;  // [T, K], [N], [E1]
+  std::vector<int32_t> counts;    // of every chunk of slots
 };
+
+// 8192 slots cost about as much as waking a thread; E of them keep the counts below the slots.
+inline int64_t plan_chunk(int64_t E) { return std::max<int64_t>(8192, E); }
+
+inline DispatchParams plan_params(const int32_t* expert, int64_t T, int64_t K, int64_t E,
+                                  PlanMemory& memory) {
+  const int64_t chunk = plan_chunk(E);
+  memory.counts.resize((T * K + chunk - 1) / chunk * (E + 1));
+  return {.expert = expert,
+          .row = memory.row,
+          .token = memory.token,
+          .offset = memory.offset,
+          .scratch = memory.counts.data(),
+          .T = T,
+          .K = K,
+          .E = E,
+          .chunk = chunk};
+}
 
 // The ids as a contiguous int32 tensor, every one in [0, num_experts].
 template <class Id>
-inline Tensor checked_experts(const Tensor& expert_TK, int64_t num_experts) {
-  const Tensor given = torch::stable::contiguous(expert_TK);
+inline Tensor checked_ids(const Tensor& expert_TK, int64_t num_experts) {
+  const Tensor given = dense(expert_TK);
   const Id* ids = static_cast<const Id*>(given.const_data_ptr());
   const int64_t N = given.numel();
   Id lowest = 0, highest = 0;
@@ -133,37 +140,40 @@ inline Tensor checked_experts(const Tensor& expert_TK, int64_t num_experts) {
   return narrow;
 }
 
-inline DispatchCall prepare_dispatch(const Tensor& expert_TK, int64_t num_experts) {
+inline Tensor checked_experts(const Tensor& expert_TK, int64_t num_experts) {
   check_dim("dispatch", "expert_TK", expert_TK, 2);
   const ScalarType type = expert_TK.scalar_type();
   if (type != ScalarType::Int && type != ScalarType::Long) {
     refuse("dispatch: expert_TK must be int32 or int64, got ", dtype_name(type));
   }
   if (num_experts < 0) refuse("dispatch: num_experts must be at least 0, got ", num_experts);
-  const int64_t T = expert_TK.size(0), K = expert_TK.size(1), N = T * K;
-  if (N >= int64_t{1} << 31) {
-    refuse("dispatch: expert_TK must have fewer than 2**31 slots, got ", N);
+  if (expert_TK.numel() >= int64_t{1} << 31) {
+    refuse("dispatch: expert_TK must have fewer than 2**31 slots, got ", expert_TK.numel());
   }
-  Tensor expert = type == ScalarType::Int ? checked_experts<int32_t>(expert_TK, num_experts)
-                                          : checked_experts<int64_t>(expert_TK, num_experts);
-  Tensor row = torch::stable::new_empty(expert, {T, K}, ScalarType::Int);
-  Tensor token = torch::stable::new_empty(expert, {N}, ScalarType::Int);
-  Tensor offset = torch::stable::new_empty(expert, {num_experts + 1}, ScalarType::Int);
-  // 8192 slots cost about as much as waking a thread; E of them keep the counts below the slots.
-  const int64_t chunk = std::max<int64_t>(8192, num_experts);
-  std::vector<int32_t> scratch((N + chunk - 1) / chunk * (num_experts + 1));
-  const DispatchParams params = {
-      .expert = static_cast<const int32_t*>(expert.const_data_ptr()),
-      .row = static_cast<int32_t*>(row.mutable_data_ptr()),
-      .token = static_cast<int32_t*>(token.mutable_data_ptr()),
-      .offset = static_cast<int32_t*>(offset.mutable_data_ptr()),
-      .scratch = scratch.data(),
-      .T = T,
-      .K = K,
-      .E = num_experts,
-      .chunk = chunk,
-  };
-  return {expert, row, token, offset, std::move(scratch), params};
+  return type == ScalarType::Int ? checked_ids<int32_t>(expert_TK, num_experts)
+                                 : checked_ids<int64_t>(expert_TK, num_experts);
+}
+
+struct DispatchCall {
+  Tensor expert, row, token, offset;
+  PlanMemory memory;
+  DispatchParams params;
+};
+
+inline DispatchCall prepare_dispatch(const Tensor& expert_TK, int64_t num_experts) {
+  DispatchCall call;
+  call.expert = checked_experts(expert_TK, num_experts);
+  const int64_t T = expert_TK.size(0), K = expert_TK.size(1);
+  call.row = torch::stable::new_empty(call.expert, {T, K}, ScalarType::Int);
+  call.token = torch::stable::new_empty(call.expert, {T * K}, ScalarType::Int);
+  call.offset = torch::stable::new_empty(call.expert, {num_experts + 1}, ScalarType::Int);
+  call.memory = {.row = static_cast<int32_t*>(call.row.mutable_data_ptr()),
+                 .token = static_cast<int32_t*>(call.token.mutable_data_ptr()),
+                 .offset = static_cast<int32_t*>(call.offset.mutable_data_ptr()),
+                 .counts = {}};
+  call.params = plan_params(static_cast<const int32_t*>(call.expert.const_data_ptr()), T, K,
+                            num_experts, call.memory);
+  return call;
 }
 
 }  // namespace gose

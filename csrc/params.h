@@ -204,6 +204,59 @@ struct DequantizeParams {
   CodeFormat format;
 };
 
+// Weights [E, columns, K] as panels of 32 columns (cpu/microgemm.h). What the last panel and the
+// last steps of K have too much is zero.
+struct PackParams {
+  const void* w;  // [E, columns, K] dtype, any strides
+  char* packed;   // of expert e from e * stride_packed bytes on
+  int64_t E, columns, K, stride_we, stride_wc, stride_wk, stride_packed;
+  // With a gate, a panel holds 16 units' gates, then the same units' ups: columns 2u and 2u + 1
+  // (interleaved) or u and units + u of w.
+  bool gated, interleaved;
+  DType dtype;
+};
+
+enum class Phi : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
+
+struct Bias {
+  const void* data;  // [E, columns] dtype, or null
+  int64_t stride_e, stride_c;
+};
+
+struct ExpertMlpParams {    // out[t] = sum_k weight[t, k] * down(act(up(x[t]))) of expert[t, k]
+  const void* x = nullptr;  // [T, D] dtype
+  const int32_t* row = nullptr;     // [T, K] in [0, N), -1 = unused
+  const int32_t* token = nullptr;   // [N]
+  const int32_t* offset = nullptr;  // [E1]
+  const float* weight;              // [T, K]
+  const char* up;                   // packed panels of the up (and gate) weights of every expert
+  const char* down;
+  Bias bias_up, bias_down;
+  void* out = nullptr;               // [T, D] dtype
+  void* pre;                         // [N, H] dtype, or null: what a backward keeps
+  char* scratch = nullptr;           // null: the kernel only says how much it needs
+  int64_t* scratch_bytes = nullptr;  // written where scratch is null
+  int64_t T = 0, K, E, D, F, stride_xt, stride_packed;
+  int64_t threads, cache;  // of the host; bytes of a core's second-level cache
+  bool gated, interleaved;
+  Phi phi;
+  float limit, alpha, shift;  // of ops/activations.py; limit is infinity where there is none
+  DType dtype;
+};
+
+struct GroupedGemmParams {  // y[n] = x[n] . w[e]^T + bias[e] for the rows n of every group e
+  const void* x;            // [N, D] dtype
+  const int32_t* offset;    // [E1]
+  const char* w;            // packed panels
+  Bias bias;
+  void* y;        // [N, F] dtype; rows from offset[E] on are zeroed
+  char* scratch;  // as in ExpertMlpParams
+  int64_t* scratch_bytes;
+  int64_t N, E, D, F, stride_xn, stride_packed;
+  int64_t threads, cache;
+  DType dtype;
+};
+
 // Why the values of a sample of distill_loss cannot be used, in the order of the reference's
 // checks.
 enum class DistillBad : int32_t {

@@ -4,12 +4,12 @@
 reason. `gk.OPS` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
 """
 
-from gose_kernels import native, optim, philox, profiling
+from gose_kernels import native, optim, packing, philox, profiling
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.distill_loss import distill_loss
 from gose_kernels.ops.entropy import entropy
-from gose_kernels.ops.expert_mlp import expert_mlp
+from gose_kernels.ops.expert_mlp import expert_mlp, expert_mlp_packed
 from gose_kernels.ops.grouped_gemm import grouped_gemm
 from gose_kernels.ops.low_rank import low_rank
 from gose_kernels.ops.masked_update import masked_adam_, masked_lion_, masked_sgd_
@@ -23,6 +23,7 @@ from gose_kernels.ops.quantize import (
 )
 from gose_kernels.ops.route import LOSSES, route
 from gose_kernels.ops.squared_grad import squared_grad
+from gose_kernels.packing import forget_packed, pack_experts, packed_bytes, unpack_experts
 from gose_kernels.registry import OPS, Backend, Cost, Op, explain
 
 __all__ = [
@@ -40,7 +41,9 @@ __all__ = [
     "distill_loss",
     "entropy",
     "expert_mlp",
+    "expert_mlp_packed",
     "explain",
+    "forget_packed",
     "grouped_gemm",
     "low_rank",
     "masked_adam_",
@@ -49,9 +52,13 @@ __all__ = [
     "moe",
     "native",
     "optim",
+    "pack_experts",
+    "packed_bytes",
+    "packing",
     "philox",
     "profiling",
     "quantize",
     "route",
     "squared_grad",
+    "unpack_experts",
 ]

@@ -11,12 +11,21 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import (
+    _any_requires_grad,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.nn import Parameter
 
 from gose_kernels import native as native_library
 
@@ -40,6 +49,9 @@ class Backend(NamedTuple):
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
+    by_dtype: bool = False  # why_not looks at nothing but dtypes and devices
+    # run of the arguments that were given, (args, options), without their defaults
+    given: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
 
 
 class Observer(Protocol):
@@ -49,6 +61,9 @@ class Observer(Protocol):
         self, op: Op, backend: Backend, args: tuple[Any, ...], options: dict[str, Any]
     ) -> Any: ...
 
+
+# Tensors that hold nothing but data.
+_PLAIN = (Tensor, Parameter)
 
 # Every op has a row for each of these; where one is not written, that is the reason given.
 BACKENDS = ("cuda", "triton", "cpu", "torch")
@@ -126,16 +141,19 @@ def reference(run: Callable[..., Any]) -> Backend:
 
 def native(
     device: Literal["cpu", "cuda"],
-    op: str,
+    op: str | Callable[..., Any],
     *dtypes: torch.dtype,
     unless: Callable[..., str | None] | None = None,
     writes: tuple[int, ...] = (),
+    pack: Callable[..., Tensor] | None = None,
 ) -> Backend:
-    """The compiled kernel `torch.ops.gose_native.<op>` on one device.
+    """The compiled kernel `torch.ops.gose_native.<op>` on one device, or a function that calls it.
 
-    Takes every argument in schema order. `dtypes` limits the first floating-point tensor argument;
-    `unless(*args, **options)` refuses a call with a reason. `writes` are the positions of arguments
-    that change in place: autograd learns of it, as of torch's own in-place ops.
+    The kernel takes every argument in schema order; with `pack` it takes what that makes of the
+    options (one tensor, kept for the next call with equal options), then the positional arguments.
+    A function takes them as the reference does. `dtypes` limits the first floating-point tensor
+    argument; `unless(*args, **options)` refuses a call with a reason. `writes` are the positions of
+    arguments that change in place: autograd learns of it, as of torch's own in-place ops.
     """
 
     def why_not(*args: Any, **options: Any) -> str | None:
@@ -148,21 +166,36 @@ def native(
             or (unless(*args, **options) if unless is not None else None)
         )
 
-    # The overload is looked up once; before the library is loaded there is none.
+    # Looked up once, below the overload's own Python; before the library is loaded there is none.
     found: list[Any] = []
 
     def run(*args: Any, **options: Any) -> Any:
-        if not found:
-            found.append(getattr(torch.ops.gose_native, op).default)
         try:
-            out = found[0](*args, *options.values())
+            if not isinstance(op, str):
+                return op(*args, **options)
+            if not found:
+                found.append(getattr(torch.ops.gose_native, op).default._op)
+            if pack is None:
+                out = found[0](*args, *options.values())
+            else:
+                out = found[0](pack(**options), *args)
         except RuntimeError as error:
             native_library.reraise(error)
         if writes:
             torch.autograd.graph.increment_version(_tensors(args[i] for i in writes))
         return out
 
-    return Backend(device, run, why_not)
+    if pack is None:
+        return Backend(device, run, why_not, by_dtype=unless is None)
+    packed = lru_cache(maxsize=256)(pack)
+
+    def given(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        try:
+            return found[0](packed(**options), *args)
+        except (IndexError, TypeError, RuntimeError):  # not found yet, a list has no hash, refused
+            return run(*args, **options)
+
+    return Backend(device, run, why_not, by_dtype=unless is None, given=given)
 
 
 def triton(
@@ -191,23 +224,31 @@ def triton(
         launcher = getattr(importlib.import_module(f"gose_kernels.triton.{module}"), op)
         return launcher(*args, **options)
 
-    return Backend("triton", run, why_not)
+    return Backend("triton", run, why_not, by_dtype=unless is None)
 
 
 def _needs_dispatcher(args: Sequence[object], casts: bool) -> bool:
     """Whether autograd, autocast, a mode, a transform, a tensor subclass or a tensor without data
     needs more than the backend."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if _len_torch_dispatch_stack() or _len_torch_function_stack():
         return True
-    if torch._C._functorch.maybe_current_level() is not None:
+    if maybe_current_level() is not None:
         return True
-    grad = torch.is_grad_enabled()
+    grad = is_grad_enabled()
     for t in _tensors(args):
-        if (grad and t.requires_grad) or t.is_meta or type(t) not in (Tensor, torch.nn.Parameter):
+        if (grad and t.requires_grad) or t.is_meta or type(t) not in _PLAIN:
             return True
         if casts and torch.is_autocast_enabled(t.device.type):
             return True
     return False
+
+
+class _Direct(NamedTuple):
+    """What every call of one signature runs, straight away."""
+
+    run: Callable[[tuple[Any, ...], dict[str, Any]], Any]  # of the arguments that were given
+    tail: tuple[Any, ...]  # defaults of the positional ones that were not
+    options: dict[str, Any]  # defaults of the options, unless the backend has its own
 
 
 class Op:
@@ -240,6 +281,8 @@ class Op:
         ]
         self._required = [a.name for a in arguments if a.kwarg_only and not a.has_default_value()]
         self._casts = bool(autocast)
+        self._direct: dict[tuple[Any, ...], _Direct | None] = {}
+        self._apply: Callable[..., Any] | None = None
 
     def __repr__(self) -> str:
         return f"<op {self.name}: {', '.join(b.name for b in self.backends)}>"
@@ -308,6 +351,9 @@ class Op:
 
     def run(self, *args: Any, **options: Any) -> Any:
         """The call below autograd, autocast and torch's dispatcher."""
+        watched = observers or forward_ad._current_level >= 0 or _is_any_autocast_enabled()
+        if not watched and (direct := self._find_direct(args, options)):
+            return direct.run(args, options)
         bound, bound_options, backend = self._bind(args, options)
         if forward_ad._current_level >= 0 and any(
             forward_ad.unpack_dual(t).tangent is not None for t in _tensors(bound)
@@ -325,10 +371,61 @@ class Op:
             return observers[-1].call(self, picked, args, options)
         return picked.run(*args, **options)
 
+    def _find_direct(self, args: tuple[Any, ...], options: dict[str, Any]) -> _Direct | None:
+        """What runs this call if its signature alone decides that: the dtypes and devices of the
+        tensors, the types of other arguments, the names of the options. Found once for each."""
+        signature: list[Any] = [*options]
+        for a in args:
+            kind = type(a)
+            if kind is Tensor or kind is Parameter:
+                signature += (a.dtype, a.device)
+            else:
+                signature.append(kind)
+        key = tuple(signature)
+        try:
+            return self._direct[key]
+        except KeyError:
+            return self._direct.setdefault(key, self._decide(args, options))
+
+    def _decide(self, args: tuple[Any, ...], options: dict[str, Any]) -> _Direct | None:
+        tensors = list(_tensors(args))
+        plain = all(type(t) in _PLAIN and not t.is_meta for t in tensors)
+        lists = any(isinstance(a, (list, tuple)) for a in args)
+        if not plain or lists or not options.keys() <= self._options.keys():
+            return None
+        bound, bound_options, _ = self._bind(args, options)
+        for b in self.backends:
+            if not b.by_dtype:
+                return None
+            if b.why_not(*bound, **bound_options) is None:
+                tail = bound[len(args) :]
+                if b.given is not None:
+                    return _Direct(b.given, tail, {})
+                run = self._with_defaults(b.run, tail)
+                return _Direct(run, tail, {**self._options, "backend": None})
+        return None
+
+    def _with_defaults(
+        self, run: Callable[..., Any], tail: tuple[Any, ...]
+    ) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+        return lambda args, options: run(*args, *tail, **{**self._options, **options})
+
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or _needs_dispatcher(
-            [*args, *options.values()], self._casts
-        ):
+        if is_compiling():
+            return self.overload(*args, **options)
+        if not (
+            observers
+            or _len_torch_dispatch_stack()
+            or _len_torch_function_stack()
+            or maybe_current_level() is not None
+            or forward_ad._current_level >= 0
+            or _is_any_autocast_enabled()
+        ) and (direct := self._find_direct(args, options)):
+            if not (is_grad_enabled() and _any_requires_grad(*args)):
+                return direct.run(args, options)
+            if self._apply is not None:
+                return self._apply(*args, direct, options)
+        if _needs_dispatcher([*args, *options.values()], self._casts):
             return self.overload(*args, **options)
         return self.run(*args, **options)
 
@@ -382,6 +479,31 @@ def _register_training(op: Op, graph: Callable[..., Any]) -> None:
     _LIBRARY.impl(op.name, autograd, "Autograd", with_keyset=True)
 
 
+def _direct_function(
+    op: Op, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What torch.library.register_autograd makes of the two, without the dispatcher. It takes the
+    positional arguments that were given, then a _Direct and the options."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            *given, direct, options = args
+            output = direct.run(given, options)
+            if setup_context is not None:
+                setup_context(ctx, (*given, *direct.tail), {**direct.options, **options}, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            grad = backward(ctx, *grads)
+            return (*(grad if isinstance(grad, tuple) else (grad,)), None, None)
+
+    # Function.apply itself looks for functorch first, as the caller did: 2 us.
+    apply: Callable[..., Any] = super(torch.autograd.Function, Direct).apply
+    return apply
+
+
 def register(
     schema: str,
     *backends: Backend,
@@ -398,7 +520,8 @@ def register(
     schema         ends in `*, ..., str? backend=None`; tensor arguments are positional
     fake           shapes and dtypes of the outputs, called with the schema's arguments
     setup_context, backward   in the form of torch.library.register_autograd; without them a
-                   gradient through the op raises
+                   gradient through the op raises. The options of an op that packs may come
+                   without their defaults
     training       instead of a backward: run in the op's place, on the op's arguments, where one of
                    them requires a gradient; the same outputs from differentiable ops
     cost           Cost of a call, from its bound arguments
@@ -417,6 +540,8 @@ def register(
         torch.library.register_autograd(
             qualified, backward or _no_gradient(op), setup_context=setup_context, lib=_LIBRARY
         )
+        if backward is not None:
+            op._apply = _direct_function(op, setup_context, backward)
     if autocast:
         _register_autocast(op, autocast)
     OPS[op.name] = op

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -24,20 +26,23 @@ def assert_close_to_truth(got: Tensor, same_dtype_reference: Tensor, truth: Tens
     Elements that the truth has as NaN or infinite must be the same in `got`.
     """
     assert got.dtype == same_dtype_reference.dtype
+    _assert_within(got, (same_dtype_reference.double() - truth.double()).abs(), truth)
+
+
+def _assert_within(got: Tensor, own_error: Tensor, truth: Tensor) -> None:
+    """The error rule, given the error of the same-dtype reference for every element."""
     assert got.shape == truth.shape
     if truth.numel() == 0:
         return
     error_of_truth, error_of_rms = _RULE[got.dtype]
-    got, same_dtype_reference = got.double().cpu(), same_dtype_reference.double().cpu()
-    truth = truth.double().cpu()
+    got, own_error, truth = got.double().cpu(), own_error.cpu(), truth.double().cpu()
     finite = truth.isfinite()
     torch.testing.assert_close(got[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True)
-    truth = truth[finite]
+    got, own_error, truth = got[finite], own_error[finite], truth[finite]
     if truth.numel() == 0:
         return
-    got, same_dtype_reference = got[finite], same_dtype_reference[finite]
     rms = truth.square().mean().sqrt()
-    allowed = (same_dtype_reference - truth).abs().nan_to_num(0.0, 0.0, 0.0)
+    allowed = own_error.nan_to_num(0.0, 0.0, 0.0)
     allowed = allowed.maximum(error_of_truth * truth.abs() + error_of_rms * rms) + 1e-300
     error = (got - truth).abs()
     worst = int((error / allowed).argmax())
@@ -45,6 +50,31 @@ def assert_close_to_truth(got: Tensor, same_dtype_reference: Tensor, truth: Tens
         f"element {worst}: got {got[worst]:.9g}, truth {truth[worst]:.9g}, "
         f"error {error[worst]:.3g} > allowed {allowed[worst]:.3g}"
     )
+
+
+# Whole-tensor relative L2 error of a chain of products that rounds its intermediate once.
+_CHAIN_RULE = {
+    torch.bfloat16: 2.6e-3,
+    torch.float16: 2.6e-3 / 8,
+    torch.float32: 1e-6,
+    torch.float64: 1e-14,
+}
+
+
+def assert_chain_close_to_truth(got: Tensor, same_dtype_reference: Tensor, truth: Tensor) -> None:
+    """The error rule for chains of long sums, whose rounding errors fall on elements by chance: the
+    L2 error of the whole tensor, and per element the rule plus the reference's largest error."""
+    assert got.dtype == same_dtype_reference.dtype
+    truth, finite = truth.double(), truth.isfinite()
+    own_error = (same_dtype_reference.double() - truth).abs().where(finite, 0.0)
+    error = (got.double() - truth).where(finite, 0.0).norm()
+    size = truth.where(finite, 0.0).norm()
+    assert error <= max(_CHAIN_RULE[got.dtype] * size, own_error.norm()), f"L2 {error / size:.3g}"
+    if truth.numel() > 0:
+        error_of_truth, error_of_rms = _RULE[got.dtype]
+        rms = size / math.sqrt(max(1, int(finite.sum())))
+        rule = error_of_truth * truth.abs() + error_of_rms * rms
+        _assert_within(got, rule + own_error.max(), truth)
 
 
 def assert_close_within_ulps(
@@ -55,6 +85,12 @@ def assert_close_within_ulps(
     slack = truth.abs() * ulps * 2.0**-23 if got.dtype == torch.float32 else 0 * truth
     moved = truth + (got.double() - truth).clamp(-slack, slack)
     assert_close_to_truth(got, same_dtype_reference, moved)
+
+
+def gradient_backend(name: str, backend: str) -> str | None:
+    """The backend for a gradient of op `name` whose forward is tested on `backend`: the same one if
+    the backward is written there."""
+    return backend if backend in {b.name for b in gk.OPS[f"{name}_backward"].backends} else None
 
 
 def backends_of(name: str) -> list[object]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gose.compress
 import gose_kernels as gk
+from benchmarks import _cells, route
+from benchmarks._peers import SHAPES
 from gose_kernels.registry import BACKENDS
 
 README = Path(__file__).parent.parent / "README.md"
@@ -68,16 +71,45 @@ def system_table() -> str:
     return "\n".join([*lines, "", _source(result)])
 
 
+def _measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
+    """A table of a result, or how to get it where none is committed."""
+    try:
+        result = _result(name)
+    except FileNotFoundError:
+        return f"No measurement is committed: `python -m benchmarks {name}` makes one."
+    return f"{table(result)}\n\n{_source(result)}"
+
+
+def layer_table() -> str:
+    """expert_mlp against the peers: cold caches, heap kept, no cap."""
+
+    def table(result: dict[str, Any]) -> str:
+        wanted = {"kind": "steady", "allocator": "kept", "caches": "cold", "cap": ""}
+        cells = [c for c in result["cells"].values() if wanted.items() <= c.items()]
+        cells.sort(key=lambda c: (list(SHAPES).index(c["shape"]), c["dtype"], c["tokens"]))
+        return _cells.table(cells)
+
+    return _measured("layer", table)
+
+
+def route_table() -> str:
+    """route against the chain of torch ops."""
+    return _measured("route", lambda result: route.table(result["rows"]))
+
+
 def rows_table(name: str) -> str:
     """The rows of a benchmark as they are, three digits a figure."""
-    result = _result(name)
-    columns = result["columns"]
-    lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
-    lines.append("|" + "---|" * len(columns))
-    for row in result["rows"]:
-        cells = (f"{v:.3g}" if isinstance(v := row[c], float) else str(v) for c in columns)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _source(result)])
+
+    def table(result: dict[str, Any]) -> str:
+        columns = result["columns"]
+        lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+        lines.append("|" + "---|" * len(columns))
+        for row in result["rows"]:
+            cells = (f"{v:.3g}" if isinstance(v := row[c], float) else str(v) for c in columns)
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    return _measured(name, table)
 
 
 def packet_format() -> str:
@@ -91,6 +123,8 @@ BLOCKS = {
     "ops": ops_table,
     "claims": claims_table,
     "system": system_table,
+    "layer": layer_table,
+    "route": route_table,
     "quantize": partial(rows_table, "quantize"),
     "distill_loss": partial(rows_table, "distill_loss"),
     "squared_grad": partial(rows_table, "squared_grad"),

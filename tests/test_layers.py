@@ -15,7 +15,12 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["gose_kernels.native"],
     ["gose_kernels.registry"],
-    ["gose_kernels.profiling", "gose_kernels.philox", "gose_kernels.masks"],
+    [
+        "gose_kernels.profiling",
+        "gose_kernels.philox",
+        "gose_kernels.masks",
+        "gose_kernels.packing",
+    ],
     ["gose_kernels.triton"],
     ["gose_kernels.ops"],
     ["gose_kernels.optim"],

@@ -5,17 +5,19 @@
 #include <string>
 
 #include "kernels.h"
+#include "microgemm.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
+#include <unistd.h>
 
 namespace gose::cpu {
 namespace {
 
-constexpr Level kLevels[] = {Level::kPortable, Level::kAvx2, Level::kAvx512, Level::kAmx};
+constexpr Level kLevels[] = {Level::kPortable, Level::kAvx2, Level::kAvx512, Level::kAvx512Bf16,
+                             Level::kAmx};
 
 #if defined(__x86_64__)
 // Linux hands out the 8 KB tile state only to processes that ask: arch_prctl(ARCH_REQ_XCOMP_PERM,
@@ -42,7 +44,8 @@ Level probe() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (!avx512) return Level::kAvx2;
-  return has_amx_bf16() ? Level::kAmx : Level::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Level::kAvx512;
+  return has_amx_bf16() ? Level::kAmx : Level::kAvx512Bf16;
 #else
   return Level::kPortable;
 #endif
@@ -87,6 +90,7 @@ const char* name_of(Level level) {
     case Level::kPortable: return "portable";
     case Level::kAvx2: return "avx2";
     case Level::kAvx512: return "avx512";
+    case Level::kAvx512Bf16: return "avx512_bf16";
     case Level::kAmx: return "amx";
   }
   return "unknown";
@@ -106,16 +110,60 @@ const Kernels& kernels() {
   switch (level_in_use()) {
 #if defined(__x86_64__)
     case Level::kAmx:
+    case Level::kAvx512Bf16:
     case Level::kAvx512: return kAvx512;
     case Level::kAvx2: return kAvx2;
 #else
     case Level::kAmx:
+    case Level::kAvx512Bf16:
     case Level::kAvx512:
     case Level::kAvx2:
 #endif
     case Level::kPortable: return kPortable;
   }
   return kPortable;
+}
+
+#define GOSE_GEMM_OF(level, dtype)                              \
+  switch (dtype) {                                              \
+    case DType::kBFloat16: return level::kGemmOfBFloat16;       \
+    case DType::kFloat16: return level::kGemmOfFloat16;         \
+    default: return level::kGemmOfFloat32; /* others refused */ \
+  }
+
+const MicroGemm& micro_gemm(DType dtype) {
+  switch (level_in_use()) {
+#if defined(__x86_64__)
+    case Level::kAmx:
+      if (dtype == DType::kBFloat16) return amx::kGemmOfBFloat16;
+      [[fallthrough]];
+    case Level::kAvx512Bf16:
+      // Intel's cores run vdpbf16ps at a quarter of the rate of the multiply-add it replaces two
+      // of.
+      if (dtype == DType::kBFloat16 && __builtin_cpu_is("amd")) {
+        return avx512_bf16::kGemmOfBFloat16;
+      }
+      [[fallthrough]];
+    case Level::kAvx512: GOSE_GEMM_OF(avx512, dtype)
+    case Level::kAvx2: GOSE_GEMM_OF(avx2, dtype)
+#else
+    case Level::kAmx:
+    case Level::kAvx512Bf16:
+    case Level::kAvx512:
+    case Level::kAvx2:
+#endif
+    case Level::kPortable: break;
+  }
+  GOSE_GEMM_OF(portable, dtype)
+}
+#undef GOSE_GEMM_OF
+
+int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+    const long known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return int64_t(known > 0 ? known : 1 << 20);
+  }();
+  return bytes;
 }
 
 }  // namespace gose::cpu

@@ -31,6 +31,9 @@ struct Parallel {
   X(find_live, LiveParams)                   \
   X(quantize, QuantizeParams)                \
   X(dequantize, DequantizeParams)            \
+  X(pack, PackParams)                        \
+  X(expert_mlp, ExpertMlpParams)             \
+  X(grouped_gemm, GroupedGemmParams)         \
   X(distill_loss, DistillParams)             \
   X(squared_grad, SquaredGradParams)         \
   X(low_rank, LowRankParams)
@@ -57,11 +60,12 @@ struct Kernels {
 #undef GOSE_KERNEL_POINTER
 };
 
-enum class Level : int32_t { kPortable, kAvx2, kAvx512, kAmx };
+enum class Level : int32_t { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 const char* name_of(Level level);
 Level best_level();        // what this CPU and operating system can run
 Level level_in_use();      // best_level() capped by GOSE_ISA; throws if that is no level
-const Kernels& kernels();  // the kernels of level_in_use(); AMX uses AVX-512's where it has none
+const Kernels& kernels();  // of level_in_use(); avx512_bf16 and amx bring micro-kernels
+                           // (microgemm.h) and use AVX-512's kernels
 
 }  // namespace gose::cpu

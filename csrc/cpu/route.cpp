@@ -106,6 +106,29 @@ void choose_among_takers(const RouteParams& p, int64_t block) {
   }
 }
 
+constexpr int64_t kFew = 16;  // experts whose sums stay in registers; divides every padded row
+
+struct Few {
+  double importance[kFew], win[kFew];
+  int32_t load[kFew], live[kFew];
+};
+
+// Sums over all blocks of experts [e, e + kFew).
+Few sum_blocks(const RouteParams& p, int64_t e, int64_t blocks) {
+  Few few = {};
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Block b = block_of(p.scratch, i, p.in.E);
+    for (int64_t l = 0; l < kFew; ++l) {
+      few.importance[l] += double(b.importance[e + l]);
+      few.load[l] += b.load[e + l];
+      few.live[l] |= b.live[e + l];
+    }
+    if (p.in.noise_std == 0.f) continue;
+    for (int64_t l = 0; l < kFew; ++l) few.win[l] += double(b.win[e + l]);
+  }
+  return few;
+}
+
 void finish(const RouteParams& p, int64_t blocks) {
   const RouteInput& in = p.in;
   const bool takers = in.policy == RoutePolicy::kExpertChoice;
@@ -117,23 +140,20 @@ void finish(const RouteParams& p, int64_t blocks) {
   tokens = at_least_1(tokens);
   int32_t* live = p.scratch.ints + padded(in.E);  // block 0's, or zeros without a token
   float* win = p.scratch.column;
-  for (int64_t e = 0; e < in.E; ++e) {
-    double importance = 0, wins = 0;
-    int32_t load = takers && blocks > 0 ? p.load[e] : 0, any = 0;
-    for (int64_t i = 0; i < blocks; ++i) {
-      const Block b = block_of(p.scratch, i, in.E);
-      importance += double(b.importance[e]);
-      wins += double(b.win[e]);
-      load += b.load[e];
-      any |= b.live[e];
+  for (int64_t first = 0; first < in.E; first += kFew) {
+    const Few few = sum_blocks(p, first, blocks);
+    const int64_t count = in.E - first < kFew ? in.E - first : kFew;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t e = first + i;
+      const int32_t load = few.load[i] + (takers && blocks > 0 ? p.load[e] : 0);
+      p.importance[e] = float(few.importance[i]);
+      p.load[e] = load;
+      win[e] = float(few.win[i] / tokens);
+      live[e] = few.live[i];
+      experts += few.live[i] != 0;
+      assigned += load;
+      shared += double(load) * few.importance[i];
     }
-    p.importance[e] = float(importance);
-    p.load[e] = load;
-    win[e] = float(wins / tokens);
-    live[e] = any;
-    experts += any != 0;
-    assigned += load;
-    shared += double(load) * importance;
   }
   experts = at_least_1(experts);
   p.loss[0] = float(experts * (shared / at_least_1(assigned)) / tokens);
@@ -145,7 +165,7 @@ void finish(const RouteParams& p, int64_t blocks) {
 
 template <class Float>
 void route_tokens(const RouteParams& p, const Parallel& threads) {
-  const int64_t blocks = blocks_of(p.in.T), grain = grain_of(kRouteBlock * p.in.E * 4);
+  const int64_t blocks = blocks_of(p.in.T), grain = grain_of_blocks(p.in.E);
   const bool takers = p.in.policy == RoutePolicy::kExpertChoice;
   parallel_for(threads, blocks, grain, [&p](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) route_block<Float>(p, i);

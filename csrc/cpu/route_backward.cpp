@@ -56,7 +56,7 @@ Shared share(const RouteBackwardParams& p, const Parallel& threads) {
   if (p.grad_loss == nullptr) return shared;
   shared.noisy = in.noise_std > 0.f && p.grad_loss[2] != 0.f && blocks > 0;
   if (shared.noisy) {
-    parallel_for(threads, blocks, grain_of(kRouteBlock * E * 4), [&](int64_t begin, int64_t end) {
+    parallel_for(threads, blocks, grain_of_blocks(E), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) win_block<Float>(in, p.scratch, i);
     });
   }
@@ -223,10 +223,9 @@ template <class Float>
 void route_backward_tokens(const RouteBackwardParams& p, const Parallel& threads) {
   const int64_t blocks = blocks_of(p.in.T);
   const Shared shared = share<Float>(p, threads);
-  parallel_for(threads, blocks, grain_of(kRouteBlock * p.in.E * 4),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) route_backward_block<Float>(p, shared, i);
-               });
+  parallel_for(threads, blocks, grain_of_blocks(p.in.E), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) route_backward_block<Float>(p, shared, i);
+  });
   if (p.in.entropy == nullptr || p.in.stride_et != 0) return;
   for (int64_t e = 0; e < p.in.E; ++e) {
     double total = 0;

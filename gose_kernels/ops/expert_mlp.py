@@ -32,10 +32,14 @@ frozen_E   bool, True: the weights and biases of this expert get a gradient of e
 frozen_EF  bool, True: the same for one hidden unit: its rows of w_up and bias_up, its column of
            w_down. bias_down belongs to no unit
 returns    out_TD, dtype of x. Sums in float32 (float64 for float64), k ascending. The torch backend
-           rounds pre, a and y to the dtype of x; others may keep more.
+           rounds pre, a and y to the dtype of x; others may keep more. On cpu a token's bits do not
+           depend on the other tokens of the call.
 T, K, E, D and F may be 0: sums over nothing are 0. A token without used slots gives 0 and is not
 read; experts without tokens are not read and get weight gradients of 0.
 Differentiable in x, weight, weights and biases, once. At the limit the gradient passes.
+
+expert_mlp_packed takes packed_EB of `pack_experts` in the place of both weights, with F = hidden,
+for inference that keeps no other copy of them. It has no gradient.
 
 expert_mlp_train, which autograd runs instead, returns (out_TD, pre_NH): pre, biased, its rows in
 the order of `dispatch` and 0 from row offset[E] on. With the inputs it is all that backward keeps:
@@ -57,7 +61,8 @@ import torch
 from torch import Tensor
 
 from gose_kernels.ops.activations import ACTIVATIONS, Activation
-from gose_kernels.registry import Cost, reference, register
+from gose_kernels.packing import expert_bytes, packed_experts, unpack_experts
+from gose_kernels.registry import Cost, native, reference, register
 
 
 class MlpCall(NamedTuple):
@@ -120,6 +125,43 @@ class BackwardCall(NamedTuple):
     @property
     def need_pre(self) -> bool:
         return self.need_x or self.need_up or self.need_bias_up
+
+
+class PackedCall(NamedTuple):
+    """The arguments of expert_mlp_packed, in schema order."""
+
+    x_TD: Tensor
+    weight_TK: Tensor
+    expert_TK: Tensor
+    packed_EB: Tensor
+    hidden: int
+    bias_up_EH: Tensor | None = None
+    bias_down_ED: Tensor | None = None
+    activation: str = "swiglu"
+    interleaved: bool = False
+    limit: float | None = None
+    alpha: float = 1.702
+
+    def unpacked(self) -> MlpCall:
+        """The call of expert_mlp that computes the same, its weights with gates first."""
+        act, columns = ACTIVATIONS[self.activation], self.hidden
+        w_up_EHD, w_down_EDF = unpack_experts(
+            self.packed_EB,
+            width=self.x_TD.shape[1],
+            hidden=self.hidden,
+            dtype=self.x_TD.dtype,
+            gated=act.gated,
+        )
+        bias_up_EH = self.bias_up_EH
+        if bias_up_EH is not None and self.interleaved:
+            bias_up_EH = bias_up_EH.unflatten(1, (columns, 2)).mT.flatten(1)
+        return MlpCall(
+            *(self.x_TD, self.weight_TK, self.expert_TK, w_up_EHD, w_down_EDF),
+            *(bias_up_EH, self.bias_down_ED),
+            activation=self.activation,
+            limit=self.limit,
+            alpha=self.alpha,
+        )
 
 
 def _want(holds: bool, argument: str, wanted: str, got: object) -> None:
@@ -404,6 +446,19 @@ def _cost(*args: Any, **options: Any) -> Cost:
     return Cost(call.x_TD.shape[0], _moved(call), 2 * call.expert_TK.numel() * D * (H + F))
 
 
+def _packed_cost(*args: Any, **options: Any) -> Cost:
+    """Every slot used, no more experts read than there are slots."""
+    call = PackedCall(*args, **options)
+    T, D = call.x_TD.shape
+    slots, H = (
+        call.expert_TK.numel(),
+        call.hidden * (2 if ACTIVATIONS[call.activation].gated else 1),
+    )
+    read = min(call.packed_EB.shape[0], slots) * call.packed_EB.shape[1]
+    moved = 2 * call.x_TD.numel() * call.x_TD.element_size() + slots * 8 + read
+    return Cost(T, moved, 2 * slots * D * (H + call.hidden))
+
+
 def _train_cost(*args: Any, **options: Any) -> Cost:
     call = MlpCall(*args, **options)
     _, H, _, _ = check(call)
@@ -435,6 +490,14 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     )
 
 
+def _packed_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    x_TD, weight_TK, expert_TK, _, w_down_EDF = _example(device, dtype)
+    E, D, F = w_down_EDF.shape
+    B = expert_bytes(width=D, hidden=F, dtype=dtype)
+    packed_EB = torch.zeros(E, B, device=device, dtype=torch.uint8)
+    return x_TD, weight_TK, expert_TK, packed_EB, F
+
+
 def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     args = _example(device, dtype)
     pre_NH = torch.ones(args[2].numel(), args[3].shape[1], device=device, dtype=dtype)
@@ -453,6 +516,57 @@ _OPTIONS = (
 _ARGUMENTS = f"{_TENSORS.format(none='=None')}, *, {_OPTIONS}, str? backend=None"
 
 
+def _native(call: MlpCall, keep: bool) -> tuple[Tensor, Tensor]:
+    """out_TD and, if kept, pre_NH. The kernel checks what it reads; what it cannot see, and a call
+    that it refuses, is checked here in the op's own words."""
+    masked = call.frozen_E is not None or call.frozen_EF is not None
+    if masked or call.w_up_EHD.dtype != call.x_TD.dtype:
+        check(call)
+    try:
+        packed_EB, hidden = packed_experts(
+            *(call.w_up_EHD, call.w_down_EDF),
+            gated=call.act.gated,
+            interleaved=call.interleaved,
+            transposed=call.transposed,
+        )
+        out_TD, pre_NH = torch.ops.gose_native.expert_mlp(
+            *(call.x_TD, call.weight_TK, call.expert_TK, packed_EB, hidden),
+            *(call.bias_up_EH, call.bias_down_ED),
+            *(call.activation, call.interleaved, call.limit, call.alpha, keep),
+        )
+    except (KeyError, ValueError, RuntimeError):
+        check(call)
+        raise
+    return out_TD, pre_NH
+
+
+def _cpu(*args: Any, **options: Any) -> Tensor:
+    return _native(MlpCall(*args, **options), keep=False)[0]
+
+
+def _cpu_train(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    return _native(MlpCall(*args, **options), keep=True)
+
+
+def expert_mlp_packed_reference(*args: Any, **options: Any) -> Tensor:
+    return _forward(PackedCall(*args, **options).unpacked(), keep=False)[0]
+
+
+def _cpu_packed(*args: Any, **options: Any) -> Tensor:
+    out_TD: Tensor
+    call = PackedCall(*args, **options)
+    out_TD, _ = torch.ops.gose_native.expert_mlp(*call, False)
+    return out_TD
+
+
+def _packed_fake(*args: Any, backend: str | None = None, **options: Any) -> Tensor:
+    x_TD = PackedCall(*args, **options).x_TD
+    return x_TD.new_empty(x_TD.shape)
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def _train(*args: Any, **options: Any) -> Tensor:
     out_TD: Tensor = torch.ops.gose.expert_mlp_train(*args, **options)[0]
     return out_TD
@@ -460,6 +574,7 @@ def _train(*args: Any, **options: Any) -> Tensor:
 
 expert_mlp = register(
     f"expert_mlp({_ARGUMENTS}) -> Tensor",
+    native("cpu", _cpu, *_FLOATS),
     reference(expert_mlp_reference),
     fake=_fake,
     training=_train,
@@ -470,6 +585,7 @@ expert_mlp = register(
 
 expert_mlp_train = register(
     f"expert_mlp_train({_ARGUMENTS}) -> (Tensor, Tensor)",
+    native("cpu", _cpu_train, *_FLOATS),
     reference(expert_mlp_train_reference),
     fake=_train_fake,
     setup_context=_setup_context,
@@ -487,4 +603,16 @@ expert_mlp_backward = register(
     fake=_backward_fake,
     cost=_backward_cost,
     example=_backward_example,
+)
+
+expert_mlp_packed = register(
+    "expert_mlp_packed(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor packed_EB, "
+    "int hidden, Tensor? bias_up_EH=None, Tensor? bias_down_ED=None, *, "
+    'str activation="swiglu", bool interleaved=False, float? limit=None, float alpha=1.702, '
+    "str? backend=None) -> Tensor",
+    native("cpu", _cpu_packed, *_FLOATS),
+    reference(expert_mlp_packed_reference),
+    fake=_packed_fake,
+    cost=_packed_cost,
+    example=_packed_example,
 )

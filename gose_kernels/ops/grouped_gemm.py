@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gose_kernels.registry import Cost, reference, register
+from gose_kernels.packing import packed_matrix
+from gose_kernels.registry import Cost, native, reference, register
 
 
 def _check_offset(name: str, offset_E1: Tensor) -> None:
@@ -140,6 +141,21 @@ def grouped_gemm_backward_reference(
         if bias:
             grad_bias_EF[e] = grad_NF[rows].sum(dim=0)
     return grad_w_EFD, grad_bias_EF
+
+
+def _cpu(
+    x_ND: Tensor,
+    w_EFD: Tensor,
+    offset_E1: Tensor,
+    bias_EF: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """From the packed copy of the weights."""
+    _, hidden = _check(x_ND, w_EFD, offset_E1, bias_EF, transposed)
+    packed_EB = packed_matrix(w_EFD, transposed=transposed)
+    y_NF: Tensor = torch.ops.gose_native.grouped_gemm(x_ND, packed_EB, offset_E1, bias_EF, hidden)
+    return y_NF
 
 
 def _fake(
@@ -274,6 +290,7 @@ def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
 grouped_gemm = register(
     "grouped_gemm(Tensor x_ND, Tensor w_EFD, Tensor offset_E1, Tensor? bias_EF=None, *, "
     "bool transposed=False, str? backend=None) -> Tensor",
+    native("cpu", _cpu, torch.float32, torch.bfloat16, torch.float16),
     reference(grouped_gemm_reference),
     fake=_fake,
     setup_context=_setup_context,

@@ -66,6 +66,9 @@ from gose_kernels.registry import Cost, native, reference, register
 POLICIES = ("softmax", "sigmoid", "group_limited", "expert_choice", "egs")
 GATES = ("softmax", "sigmoid")
 ORDERS = ("token", "priority")  # of capacity
+ADAPTIVE = (None, "mass", "bands")
+_INTS = ("num_groups", "top_groups", "capacity")
+_NUMBERS = ("entropy_floor", "tau", "mass", "noise_std")
 LOSSES = ("balance", "importance", "noisy_load", "z", "entropy")  # the order of loss_L
 
 
@@ -128,11 +131,11 @@ def _want_tensor(name: str, value: Tensor | None, shape: tuple[int, ...], polici
 def check(call: RouteCall) -> None:
     """Raises ValueError for a call that no backend takes."""
     score_TE, top_k, policy = call.score_TE, call.top_k, call.policy
+    _check_options(call)
     _want(score_TE.dim() == 2, "score_TE", "of 2 dimensions", f"shape {tuple(score_TE.shape)}")
     _want(score_TE.is_floating_point(), "score_TE", "floating point", score_TE.dtype)
     T, E = score_TE.shape
     _want(1 <= top_k <= E, "top_k", f"in [1, E={E}]", top_k)
-    _want(policy in POLICIES, "policy", f"one of {', '.join(POLICIES)}", repr(policy))
     egs = policy == "egs"
     _want_tensor("entropy_TE", call.entropy_TE, (T, E), egs)
     _want_tensor("entropy_E", call.entropy_E, (E,), egs)
@@ -140,33 +143,59 @@ def check(call: RouteCall) -> None:
     _want_tensor("noise_TE", call.noise_TE, (T, E), policy == "softmax")
     given = (call.entropy_TE is not None) + (call.entropy_E is not None)
     _want(given == egs, "exactly one of entropy_TE and entropy_E", "given to policy egs", given)
+    if policy == "group_limited":
+        groups = call.num_groups
+        _want(E % groups == 0, "num_groups", f"a divisor of E={E}", groups)
+        room = call.top_groups * (E // groups)
+        _want(top_k <= room, "top_k", f"at most the {room} experts of the top_groups", top_k)
+
+
+def _check_options(call: RouteCall) -> None:
+    """The part of `check` that needs no tensor: the kernels trust what passed it."""
+    policy, gate, order, adaptive = call.policy, call.gate, call.capacity_order, call.adaptive
+    _want(policy in POLICIES, "policy", f"one of {', '.join(POLICIES)}", repr(policy))
     _want(call.entropy_floor > 0, "entropy_floor", "above 0", call.entropy_floor)
     if call.tau is not None:
-        _want(egs, "tau", "None", f"{call.tau}: only policy egs reads it")
+        _want(policy == "egs", "tau", "None", f"{call.tau}: only policy egs reads it")
         _want(call.tau > 0, "tau", "above 0", call.tau)
-    _want(call.gate in GATES, "gate", "softmax or sigmoid", repr(call.gate))
+    _want(gate in GATES, "gate", "softmax or sigmoid", repr(gate))
     if policy == "group_limited":
         groups, best = call.num_groups, call.top_groups
-        _want(groups >= 1 and E % groups == 0, "num_groups", f"a divisor of E={E}", groups)
+        _want(groups >= 1, "num_groups", "at least 1", groups)
         _want(1 <= best <= groups, "top_groups", f"in [1, num_groups={groups}]", best)
-        room = best * (E // groups)
-        _want(top_k <= room, "top_k", f"at most the {room} experts of the top_groups", top_k)
-    _want(call.capacity_order in ORDERS, "capacity_order", "token or priority", call.capacity_order)
+    _want(order in ORDERS, "capacity_order", "token or priority", order)
     if call.capacity is None:
         _want(policy != "expert_choice", "capacity", "given to policy expert_choice", None)
     else:
         _want(call.capacity >= 1, "capacity", "at least 1", call.capacity)
-    if call.adaptive is not None:
-        _want(call.adaptive in ("mass", "bands"), "adaptive", "None, mass or bands", call.adaptive)
-        _want(policy != "expert_choice", "adaptive", "None for expert_choice", call.adaptive)
+    _want(adaptive in ADAPTIVE, "adaptive", "None, mass or bands", adaptive)
+    if adaptive is not None:
+        _want(policy != "expert_choice", "adaptive", "None for expert_choice", adaptive)
         _want(0 < call.mass <= 1, "mass", "in (0, 1]", call.mass)
         ascending = all(a < b for a, b in zip(call.bands, call.bands[1:], strict=False))
-        given = call.adaptive == "mass" or len(call.bands) > 0
+        given = adaptive == "mass" or len(call.bands) > 0
         _want(ascending and given, "bands", "ascending and not empty", list(call.bands))
-    _want(call.noise_std >= 0, "noise_std", "at least 0", call.noise_std)
-    _want(
-        policy == "softmax" or call.noise_std == 0, "noise_std", f"0 for {policy}", call.noise_std
-    )
+    std = call.noise_std
+    _want(std >= 0, "noise_std", "at least 0", std)
+    _want(policy == "softmax" or std == 0, "noise_std", f"0 for {policy}", std)
+
+
+def _pack(**options: Any) -> Tensor:
+    """The options as numbers in the order of csrc/bind_route.h, checked."""
+    call = RouteCall(torch.empty(0), 0, **options)
+    for option in (*_INTS, *_NUMBERS):
+        value = getattr(call, option)
+        types, wanted = ((int,), "an int") if option in _INTS else ((int, float), "a number")
+        _want(value is None or isinstance(value, types), option, wanted, repr(value))
+    _check_options(call)
+    numbers = [
+        *(POLICIES.index(call.policy), bool(call.softmax_before), bool(call.renormalize)),
+        *(GATES.index(call.gate), call.num_groups, call.top_groups),
+        *(call.entropy_floor, call.tau or 0, call.capacity or 0),
+        *(ORDERS.index(call.capacity_order), ADAPTIVE.index(call.adaptive)),
+        *(call.mass, call.noise_std, *call.bands),
+    ]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _entropy(call: RouteCall) -> Tensor:
@@ -493,14 +522,14 @@ def _setup_context(
 ) -> None:
     score_TE, ctx.top_k, *optional = inputs
     ctx.save_for_backward(score_TE, *optional, output[1], output[3], output[4])
-    ctx.options = dict(keyword_only_inputs)
+    ctx.options = keyword_only_inputs
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     score_TE, entropy_TE, entropy_E, *saved = ctx.saved_tensors
     weight, _, entropy, _, importance, loss = grads
-    grad: Tensor = torch.ops.gose.route_backward(
+    grad: Tensor = route_backward(
         *(score_TE, ctx.top_k, entropy_TE, entropy_E, *saved),
         *(weight, entropy, importance, loss),
         **ctx.options,
@@ -552,7 +581,7 @@ route = register(
     "route(Tensor score_TE, int top_k, Tensor? entropy_TE=None, Tensor? entropy_E=None, "
     f"Tensor? bias_E=None, Tensor? noise_TE=None, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    native("cpu", "route", float32, bfloat16, float16),
+    native("cpu", "route", float32, bfloat16, float16, pack=_pack),
     reference(route_reference),
     fake=_fake,
     setup_context=_setup_context,
@@ -567,7 +596,7 @@ route_backward = register(
     "Tensor? grad_weight_TK, Tensor? grad_entropy_T, Tensor? grad_importance_E, "
     "Tensor? grad_loss_L, "
     f"{_OPTIONS}) -> Tensor",
-    native("cpu", "route_backward", float32, bfloat16, float16),
+    native("cpu", "route_backward", float32, bfloat16, float16, pack=_pack),
     reference(route_backward_reference),
     fake=_backward_fake,
     cost=_backward_cost,

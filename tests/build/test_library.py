@@ -58,26 +58,28 @@ def _instructions() -> Iterator[tuple[str, str, str]]:
             yield symbol, found[1], found[2]
 
 
-_LEVELS = ("portable", "avx2", "avx512")
+_LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def level_of(symbol: str) -> str:
     """The level a mangled name belongs to: gose::cpu::<level>::..., else the baseline."""
-    found = re.search(r"4gose3cpu\d+(portable|avx2|avx512|amx)", symbol)
+    found = re.search(r"4gose3cpu\d+(portable|avx2|avx512_bf16|avx512|amx)", symbol)
     return found[1] if found else "portable"
 
 
 def outside(level: str, mnemonic: str, operands: str) -> bool:
     """Whether an instruction needs more than its level: AVX-512 state, VEX coding, AMX tiles."""
-    tiles = "%tmm" in operands
+    tiles = "%tmm" in operands or mnemonic in ("ldtilecfg", "tilerelease")
+    dot = mnemonic == "vdpbf16ps"
     wide = "%zmm" in operands or re.search(r"%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])", operands)
     vex = "%ymm" in operands or (mnemonic.startswith("v") and mnemonic not in ("verr", "verw"))
     bmi = mnemonic in ("shlx", "shrx", "sarx", "rorx", "mulx", "pdep", "pext", "andn", "bzhi")
     return {
         "portable": bool(tiles or wide or vex or bmi),
         "avx2": bool(tiles or wide),
-        "avx512": tiles,
-        "amx": False,
+        "avx512": tiles or dot,
+        "avx512_bf16": tiles,
+        "amx": bool(wide),
     }[level]
 
 
@@ -100,7 +102,11 @@ def test_the_disassembly_test_sees_what_it_should() -> None:
     assert outside("avx2", "vaddps", "%zmm0,%zmm1,%zmm2")
     assert outside("avx2", "vaddps", "%ymm17,%ymm1,%ymm2")
     assert outside("avx512", "tdpbf16ps", "%tmm0,%tmm1,%tmm2")
+    assert outside("avx512", "vdpbf16ps", "%zmm0,%zmm1,%zmm2")
+    assert not outside("avx512_bf16", "vdpbf16ps", "%zmm0,%zmm1,%zmm2")
+    assert outside("portable", "ldtilecfg", "(%rdi)")
     assert not outside("avx512", "vaddps", "%zmm0,%zmm1,%zmm2")
     assert not outside("portable", "addps", "%xmm0,%xmm1")
     assert level_of("_ZN4gose3cpu4avx27combineERKNS_13CombineParamsE") == "avx2"
+    assert level_of("_ZN4gose3cpu11avx512_bf1612_GLOBAL__N_13runE") == "avx512_bf16"
     assert level_of("_ZN4gose3cpu8kernelsEv") == "portable"

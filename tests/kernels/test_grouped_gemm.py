@@ -17,7 +17,7 @@ from gose_kernels.ops.grouped_gemm import (
     grouped_gemm_reference,
 )
 from tests import cases
-from tests.checks import assert_close_to_truth, backends_of
+from tests.checks import assert_chain_close_to_truth, backends_of, gradient_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
@@ -78,7 +78,7 @@ def test_matches_reference(case: cases.GroupedGemmCase, dtype: torch.dtype, back
     args, options = case.build(dtype)
     got = gk.grouped_gemm(*args, **options, backend=backend)
     truth = _oracle(*_double(args), **options)
-    assert_close_to_truth(got, grouped_gemm_reference(*args, **options), truth)
+    assert_chain_close_to_truth(got, grouped_gemm_reference(*args, **options), truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
@@ -92,7 +92,7 @@ def test_backward_matches_reference(
     got = torch.ops.gose.grouped_gemm_backward(*args, bias=True, **options, backend=backend)
     same = grouped_gemm_backward_reference(*args, bias=True, **options)
     for one, own, truth in zip(got, same, _backward_oracle(*_double(args), **options), strict=True):
-        assert_close_to_truth(one, own, truth)
+        assert_chain_close_to_truth(one, own, truth)
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.bfloat16, 2.6e-3)])
@@ -133,6 +133,8 @@ def test_what_belongs_to_no_group_is_not_read(backend: str) -> None:
     assert y_NF.isfinite().all()
     grad_NF = torch.ones_like(y_NF)
     grad_NF[7:] = torch.nan
+    gradient = gradient_backend("grouped_gemm", backend)
+    y_NF = gk.grouped_gemm(x_ND, w_EFD, offset_E1, bias_EF, backend=gradient)
     grad_x_ND, grad_w_EFD, grad_bias_EF = torch.autograd.grad(y_NF, inputs, grad_NF)
     assert grad_x_ND.isfinite().all()
     assert grad_w_EFD.isfinite().all()
@@ -170,7 +172,8 @@ def test_opcheck(backend: str) -> None:
     assert bias_EF is not None
     x_ND.nan_to_num_()
     args = (x_ND.requires_grad_(), w_EFD.requires_grad_(), offset_E1, bias_EF.requires_grad_())
-    torch.library.opcheck(torch.ops.gose.grouped_gemm.default, args, {"backend": backend})
+    options = {"backend": gradient_backend("grouped_gemm", backend)}
+    torch.library.opcheck(torch.ops.gose.grouped_gemm.default, args, options)
 
 
 @pytest.mark.parametrize("backend", backends_of("grouped_gemm_backward"))

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gose_kernels as gk
 from gose_kernels.ops.moe import moe_reference
 from tests import cases
-from tests.checks import assert_close_to_truth, backends_of
+from tests.checks import assert_chain_close_to_truth, backends_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
@@ -84,7 +84,7 @@ def test_matches_reference(case: cases.MoeCase, dtype: torch.dtype, backend: str
     truth = gk.expert_mlp(
         *(x_TD, same[1].double(), same[2], up_EHD, down_EDF, bias_up_EH, bias_down_ED), **mlp
     )
-    assert_close_to_truth(got[0], same[0], truth)
+    assert_chain_close_to_truth(got[0], same[0], truth)
     for i in (1, 3, 5, 6):
         torch.testing.assert_close(got[i], same[i])
 

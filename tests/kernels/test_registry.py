@@ -36,6 +36,63 @@ doubled = register(
 )
 
 
+def _triple(x_P: Tensor, add: float = 0.0, *, scale: float = 1.0) -> Tensor:
+    return x_P * 3 * scale + add
+
+
+# Its backends are chosen by dtype alone, so a signature seen once goes straight to one of them.
+tripled = register(
+    "test_triple(Tensor x_P, float add=0.0, *, float scale=1.0, str? backend=None) -> Tensor",
+    Backend(
+        "single",
+        lambda *args, **options: _triple(*args, **options) + 100,
+        lambda x_P, add, **_: None if x_P.dtype == torch.float32 else "takes float32",
+        by_dtype=True,
+    ),
+    reference(_triple),
+    fake=lambda x_P, add=0.0, scale=1.0, backend=None: torch.empty_like(x_P),
+    setup_context=lambda ctx, inputs, keyword_only_inputs, output: ctx.__setattr__(
+        "slope", 3 * keyword_only_inputs["scale"] + 0 * inputs[1]
+    ),
+    backward=lambda ctx, grad: (grad * ctx.slope, None),
+    cost=lambda x_P, add, scale: Cost(x_P.shape[0], 2 * x_P.nbytes, 2 * x_P.numel()),
+    example=lambda device, dtype: (torch.ones(3, device=device, dtype=dtype),),
+)
+
+
+def test_what_is_remembered_of_a_signature_serves_no_other() -> None:
+    one_P = torch.ones(3)
+    for _ in range(2):
+        assert tripled(one_P).tolist() == [103.0] * 3
+        assert tripled(one_P, 2.0).tolist() == [105.0] * 3
+        assert tripled(one_P, scale=2.0).tolist() == [106.0] * 3
+        assert tripled(one_P, add=1.0).tolist() == [104.0] * 3
+        assert tripled(one_P.double()).tolist() == [3.0] * 3
+        assert tripled(one_P, backend="torch").tolist() == [3.0] * 3
+        assert tripled(one_P.to("meta")).is_meta
+        with pytest.raises(TypeError, match="argument 'x_P' must be a tensor, got list"):
+            tripled([1.0])
+        with gk.profiling.record() as counts:
+            tripled(one_P)
+        assert counts.table["test_triple", "single"].calls == 1
+        with torch._subclasses.FakeTensorMode():
+            assert tripled(torch.empty(3, device="cuda")).device.type == "cuda"
+        with torch.autograd.forward_ad.dual_level():
+            dual_P = torch.autograd.forward_ad.make_dual(one_P, one_P)
+            with pytest.raises(RuntimeError, match="has no forward-mode gradient"):
+                tripled(dual_P)
+
+
+def test_a_remembered_call_has_the_gradient_of_a_dispatched_one() -> None:
+    for call in (tripled, tripled, torch.ops.gose.test_triple):
+        x_P = torch.ones(3, requires_grad=True)
+        for out, slope in ((call(x_P), 3.0), (call(x_P, 1.0), 3.0), (call(x_P, scale=2.0), 6.0)):
+            (grad,) = torch.autograd.grad(out.sum(), x_P)
+            assert grad.tolist() == [slope] * 3
+        with torch.no_grad():
+            assert not call(x_P).requires_grad
+
+
 def test_first_able_backend_runs() -> None:
     assert torch.equal(doubled(torch.ones(3), scale=2.0), torch.full((3,), 4.0))
     assert doubled.pick(torch.ones(3), scale=1.0).name == "torch"

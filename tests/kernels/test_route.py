@@ -1,14 +1,8 @@
-"""route: every policy against a brute force over Python lists, gradients, traps of entropy routing.
-
-The oracle takes log p from torch, so that ties between tokens are the same ties, and finds choice,
-drops, weights and losses by loops.
-"""
+"""route: every policy against a brute force, gradients, traps of entropy routing, properties."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import math
 from typing import Any
 
 import pytest
@@ -18,217 +12,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gose_kernels as gk
-from gose_kernels.ops.route import LOSSES, RouteCall, route_backward_reference, route_reference
+from gose_kernels.ops.route import LOSSES, route_backward_reference, route_reference
 from tests import cases
 from tests.checks import assert_close_to_truth, assert_close_within_ulps, backends_of
+from tests.route_oracle import GRADIENTS, assert_same, gradients, oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ["weight_TK", "expert_TK", "entropy_T", "load_E", "importance_E", "loss_L"]
-GRADIENTS = [0, 2, 4, 5]  # the differentiable outputs
 
 
 def doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def best(key: dict[int, float], count: int) -> list[int]:
-    """Ids of the largest finite keys, ties to the smaller id."""
-    usable = [i for i in key if key[i] > -math.inf]
-    return sorted(usable, key=lambda i: (-key[i], i))[:count]
-
-
-def logits(call: RouteCall) -> Tensor:
-    a = call.score_TE.clone()
-    if call.policy == "egs":
-        given = call.entropy_TE if call.entropy_TE is not None else call.entropy_E
-        H = given.clamp_min(0).expand(a.shape)
-        a = torch.where(
-            a == -math.inf, a, -H / call.tau if call.tau else (1 / (H + call.entropy_floor)).log()
-        )
-    elif call.policy == "sigmoid" or call.gate == "sigmoid":
-        a = torch.nn.functional.logsigmoid(a)
-    return a
-
-
-def keys(call: RouteCall, a: Tensor, t: int) -> dict[int, float]:
-    """Key of every expert for token t; -inf outside the best groups."""
-    score = call.score_TE[t].tolist()
-    sigmoid = call.policy == "sigmoid" or call.gate == "sigmoid"
-    key = dict(enumerate(score))
-    if call.policy == "egs":
-        given = call.entropy_TE[t] if call.entropy_TE is not None else call.entropy_E
-        key = {e: -max(h, 0.0) for e, h in enumerate(given.tolist())}
-    elif sigmoid and (call.bias_E is not None or call.policy == "group_limited"):
-        bias = [0.0] * len(score) if call.bias_E is None else call.bias_E.tolist()
-        key = {e: torch.sigmoid(call.score_TE[t, e]).item() + bias[e] for e in key}
-    elif call.noise_TE is not None:
-        key = {e: key[e] + call.noise_TE[t, e].item() for e in key}
-    key = {e: -math.inf if score[e] == -math.inf else key[e] for e in key}
-    if call.policy == "group_limited":
-        size = len(key) // call.num_groups
-        members = [range(g * size, (g + 1) * size) for g in range(call.num_groups)]
-        groups = {}
-        for g, ids in enumerate(members):
-            top = [key[e] for e in best({e: key[e] for e in ids}, 2 if sigmoid else 1)]
-            groups[g] = sum(top) if top else -math.inf
-        kept = [e for g in best(groups, call.top_groups) for e in members[g]]
-        key = {e: key[e] for e in kept}
-    return key
-
-
-def choose(call: RouteCall, a: Tensor, log_p: Tensor) -> tuple[list[list[int]], list[int]]:
-    """Experts of every token before capacity drops, and the load of every expert."""
-    T, E = a.shape
-    if call.policy == "expert_choice":
-        takes = [set(best(dict(enumerate(log_p[:, e].tolist())), call.capacity)) for e in range(E)]
-        load = [len(tokens) for tokens in takes]
-        chosen = [
-            best({e: a[t, e].item() for e in range(E) if t in takes[e]}, call.top_k)
-            for t in range(T)
-        ]
-        return chosen, load
-    chosen = [best(keys(call, a, t), call.top_k) for t in range(T)]
-    for t, experts in enumerate(chosen):
-        keep = len(experts)
-        if call.adaptive == "mass":
-            p = [log_p[t, e].exp().item() for e in experts]
-            keep = next((k for k in range(1, keep) if sum(p[:k]) >= call.mass), keep)
-        elif call.adaptive == "bands":
-            sureness = gk.entropy(a[t], backend="torch").item()
-            keep = min(keep, 1 + sum(sureness > band for band in call.bands))
-        del experts[keep:]
-    return chosen, [sum(e in experts for experts in chosen) for e in range(E)]
-
-
-def kept_slots(call: RouteCall, chosen: list[list[int]], log_q: Tensor) -> set[tuple[int, int]]:
-    """(token, slot) that fit in their expert's capacity."""
-    T, E = log_q.shape
-    slots = {(t, k) for t in range(T) for k in range(len(chosen[t]))}
-    if call.capacity is None or call.policy == "expert_choice":
-        return slots
-    order = list(range(T))
-    if call.capacity_order == "priority":
-        sure = [log_q[t, chosen[t][0]].item() if chosen[t] else -math.inf for t in order]
-        order.sort(key=lambda t: (-sure[t], t))
-    room, kept = [call.capacity] * E, set()
-    for k, t in itertools.product(range(call.top_k), order):
-        if (t, k) in slots and room[chosen[t][k]] > 0:
-            room[chosen[t][k]] -= 1
-            kept.add((t, k))
-    return kept
-
-
-def cv2(values: list[float]) -> float:
-    mean = sum(values) / max(len(values), 1)
-    return sum((v - mean) ** 2 for v in values) / len(values) / mean**2 if mean else 0.0
-
-
-def losses(call: RouteCall, p: Tensor, load: list[int], sureness: Tensor) -> list[float]:
-    live = {(t, e) for t, e in (call.score_TE != -math.inf).nonzero().tolist()}
-    tokens, experts = sorted({t for t, _ in live}), sorted({e for _, e in live})
-    V, importance = max(len(tokens), 1), p.sum(dim=0).tolist()
-    share = [n / max(sum(load), 1) for n in load]
-    win, z = [0.0] * p.shape[1], 0.0
-    for t in tokens:
-        ranked = best(keys(call, p, t), call.top_k)
-        noisy = keys(call, p, t)
-        for e in range(p.shape[1]):
-            if call.noise_std and (t, e) in live:
-                last = noisy[ranked[-1]] if len(ranked) == call.top_k else -math.inf
-                margin = (call.score_TE[t, e].item() - last) / call.noise_std
-                win[e] += (1 + math.erf(margin / math.sqrt(2))) / 2 / V
-        z += call.score_TE[t].logsumexp(0).item() ** 2 / V
-    return [
-        len(experts) * sum(s * i for s, i in zip(share, importance, strict=True)) / V,
-        cv2([importance[e] for e in experts]),
-        cv2([win[e] for e in experts]) if call.noise_std else 0.0,
-        0.0 if call.policy == "egs" else z,
-        sum(sureness.tolist()) / V,
-    ]
-
-
-def oracle(*args: Any, **options: Any) -> list[Tensor]:
-    call = RouteCall(*args, **options)
-    (T, E), K = call.score_TE.shape, call.top_k
-    a = logits(call)
-    noisy = a if call.noise_TE is None else a + call.noise_TE
-    log_p, log_q = (x - x.logsumexp(1, keepdim=True).clamp_min(-1e300) for x in (a, noisy))
-    chosen, load = choose(call, a, log_p)
-    kept = kept_slots(call, chosen, log_q)
-    weight, expert = torch.zeros(T, K, dtype=torch.float64), torch.full((T, K), E)
-    for t, k in kept:
-        e = chosen[t][k]
-        expert[t, k] = e
-        if call.sums_over == "nothing":
-            weight[t, k] = torch.sigmoid(call.score_TE[t, e])
-        elif call.sums_over == "experts":
-            weight[t, k] = torch.softmax(noisy[t], 0)[e]
-        else:
-            weight[t, k] = torch.softmax(noisy[t, chosen[t]], 0)[k]
-    p = log_p.exp()
-    sureness = gk.entropy(a, backend="torch")
-    loss = torch.tensor(losses(call, p, load, sureness), dtype=torch.float64)
-    return [weight, expert.int(), sureness, torch.tensor(load).int(), p.sum(dim=0), loss]
-
-
-def assert_same(got: tuple[Tensor, ...], wanted: list[Tensor]) -> None:
-    for name, g, w in zip(NAMES, got, wanted, strict=True):
-        assert (g.dtype, g.shape) == (w.dtype, w.shape), name
-        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.mark.parametrize("case", cases.route, ids=str)
 def test_reference_matches_brute_force(case):
     args, options = case.build(torch.float64)
     assert_same(route_reference(*args, **options), oracle(*args, **options))
-
-
-def exhaustive(E: int) -> Tensor:
-    """Every row of E scores out of three values and -inf: all patterns of ties."""
-    values = torch.tensor([-torch.inf, 0.0, 0.5, 1.0], dtype=torch.float64)
-    return values[torch.cartesian_prod(*[torch.arange(4)] * E).view(-1, E)]
-
-
-TIES: list[dict[str, Any]] = [
-    {},
-    {"policy": "egs"},
-    {"policy": "sigmoid", "renormalize": True},
-    {"policy": "group_limited", "num_groups": 2, "top_groups": 2},
-    {"policy": "group_limited", "num_groups": 2, "top_groups": 2, "gate": "sigmoid"},
-    {"policy": "group_limited", "num_groups": 4, "top_groups": 3, "gate": "sigmoid"},
-    {"policy": "expert_choice", "capacity": 5},
-    {"capacity": 40},
-    {"capacity": 40, "capacity_order": "priority"},
-    {"adaptive": "mass", "mass": 0.5},
-]
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("options", TIES, ids=str)
-def test_every_pattern_of_ties(options, top_k):
-    score_TE = exhaustive(4)
-    H = score_TE.flip(0).clamp_min(0) if options.get("policy") == "egs" else None
-    assert_same(
-        route_reference(score_TE, top_k, H, **options), oracle(score_TE, top_k, H, **options)
-    )
-
-
-@pytest.mark.parametrize("options", TIES, ids=str)
-@pytest.mark.parametrize("E", [3, 4, 5])
-@pytest.mark.parametrize("backend", backends_of("route"))
-def test_every_pattern_of_ties_on_every_backend(backend, E, options):
-    if options.get("policy") == "group_limited" and E != 4:
-        return
-    score_TE = exhaustive(E).float()
-    if options.get("adaptive") == "mass" or options.get("capacity_order") == "priority":
-        # Rows of other numbers have p that differ by rounding alone: one row, many times.
-        score_TE = score_TE[len(score_TE) // 3].repeat(100, 1)
-    H = score_TE.flip(0).clamp_min(0) if options.get("policy") == "egs" else None
-    for top_k in range(1, min(E, 3 if options.get("num_groups") == 4 else E) + 1):
-        got = gk.route(score_TE, top_k, H, backend=backend, **options)
-        wanted = route_reference(score_TE, top_k, H, **options)
-        assert torch.equal(got[1], wanted[1])
-        assert torch.equal(got[3], wanted[3])
 
 
 def runs_on(backend: str, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
@@ -287,13 +86,6 @@ def test_gradient_of_the_reference_is_the_derivative(case):
         return tuple(out[i] for i in GRADIENTS)
 
     assert torch.autograd.gradcheck(outputs, (variable,), eps=1e-7)
-
-
-def gradients(args: tuple[Any, ...], out: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Upstream gradients of every differentiable output."""
-    random = torch.Generator().manual_seed(5)
-    shapes = [out[i].shape for i in GRADIENTS]
-    return [torch.randn(s, generator=random, dtype=torch.float64).to(dtype) for s in shapes]
 
 
 @pytest.mark.matrix(keep=200)
@@ -564,120 +356,3 @@ def test_opcheck(case, backend):
     variable = args[at].detach().clone().requires_grad_()
     args = (*args[:at], variable, *args[at + 1 :])
     torch.library.opcheck(torch.ops.gose.route.default, args, options)
-
-
-# ---- refusals ----
-
-SCORE = torch.zeros(4, 6)
-FLAT = torch.zeros(6)
-REFUSALS = [
-    ("score_TE must be of 2 dimensions, got shape (6,)", (FLAT, 1), {}),
-    ("score_TE must be floating point, got torch.int32", (SCORE.int(), 1), {}),
-    ("top_k must be in [1, E=6], got 0", (SCORE, 0), {}),
-    ("top_k must be in [1, E=6], got 7", (SCORE, 7), {}),
-    ("policy must be one of softmax, sigmoid", (SCORE, 1), {"policy": "hash"}),
-    ("entropy_TE must be None, got a tensor", (SCORE, 1, SCORE), {}),
-    ("entropy_E must be of shape (6,), got (4, 6)", (SCORE, 1, None, SCORE), {"policy": "egs"}),
-    ("entropy_TE must be of shape (4, 6), got (6,)", (SCORE, 1, FLAT), {"policy": "egs"}),
-    (
-        "exactly one of entropy_TE and entropy_E must be given to policy egs, got 0",
-        (SCORE, 1),
-        {"policy": "egs"},
-    ),
-    (
-        "exactly one of entropy_TE and entropy_E must be given to policy egs, got 2",
-        (SCORE, 1, SCORE, FLAT),
-        {"policy": "egs"},
-    ),
-    ("bias_E must be None, got a tensor", (SCORE, 1, None, None, FLAT), {}),
-    (
-        "bias_E must be floating point, got torch.int32",
-        (SCORE, 1, None, None, FLAT.int()),
-        {"policy": "sigmoid"},
-    ),
-    (
-        "noise_TE must be None, got a tensor",
-        (SCORE, 1, None, None, None, SCORE),
-        {"policy": "sigmoid"},
-    ),
-    ("noise_TE must be of shape (4, 6)", (SCORE, 1, None, None, None, FLAT), {}),
-    ("entropy_floor must be above 0, got 0", (SCORE, 1), {"entropy_floor": 0.0}),
-    ("tau must be None, got 0.5: only policy egs reads it", (SCORE, 1), {"tau": 0.5}),
-    ("tau must be above 0, got 0", (SCORE, 1, SCORE), {"policy": "egs", "tau": 0.0}),
-    ("gate must be softmax or sigmoid, got 'tanh'", (SCORE, 1), {"gate": "tanh"}),
-    (
-        "num_groups must be a divisor of E=6, got 4",
-        (SCORE, 1),
-        {"policy": "group_limited", "num_groups": 4},
-    ),
-    (
-        "top_groups must be in [1, num_groups=3], got 4",
-        (SCORE, 1),
-        {"policy": "group_limited", "num_groups": 3, "top_groups": 4},
-    ),
-    (
-        "top_k must be at most the 2 experts of the top_groups, got 3",
-        (SCORE, 3),
-        {"policy": "group_limited", "num_groups": 3, "top_groups": 1},
-    ),
-    ("capacity must be given to policy expert_choice", (SCORE, 1), {"policy": "expert_choice"}),
-    ("capacity must be at least 1, got 0", (SCORE, 1), {"capacity": 0}),
-    ("capacity_order must be token or priority", (SCORE, 1), {"capacity_order": "random"}),
-    ("adaptive must be None, mass or bands, got some", (SCORE, 1), {"adaptive": "some"}),
-    (
-        "adaptive must be None for expert_choice, got mass",
-        (SCORE, 1),
-        {"policy": "expert_choice", "capacity": 1, "adaptive": "mass"},
-    ),
-    ("mass must be in (0, 1], got 0.0", (SCORE, 1), {"adaptive": "mass", "mass": 0.0}),
-    ("bands must be ascending and not empty, got []", (SCORE, 1), {"adaptive": "bands"}),
-    (
-        "bands must be ascending and not empty, got [0.5, 0.5]",
-        (SCORE, 1),
-        {"adaptive": "bands", "bands": [0.5, 0.5]},
-    ),
-    ("noise_std must be at least 0, got -1.0", (SCORE, 1), {"noise_std": -1.0}),
-    (
-        "noise_std must be 0 for sigmoid, got 1.0",
-        (SCORE, 1),
-        {"noise_std": 1.0, "policy": "sigmoid"},
-    ),
-]
-
-
-@pytest.mark.parametrize(("message", "args", "options"), REFUSALS, ids=[r[0] for r in REFUSALS])
-def test_refusals(message, args, options):
-    with pytest.raises(ValueError, match="route: ") as caught:
-        gk.route(*args, **options)
-    assert message in str(caught.value)
-    with pytest.raises(ValueError, match="route: "):  # the fake refuses too: torch.compile sees it
-        torch.ops.gose.route(
-            *(a.to("meta") if isinstance(a, Tensor) else a for a in args), **options
-        )
-
-
-BACKWARD_REFUSALS = [
-    (6, torch.zeros(2, 1, dtype=torch.int32), "expert_TK must be torch.int32 of shape (3, 1), got"),
-    (6, torch.zeros(3, 1, dtype=torch.int64), "expert_TK must be torch.int32 of shape (3, 1), got"),
-    (6, torch.full((3, 1), 5, dtype=torch.int32), "expert_TK must hold experts in [0, E=4]"),
-    (7, torch.zeros(3, dtype=torch.int32), "load_E must be torch.int32 of shape (4,), got"),
-    (8, torch.zeros(4).double(), "importance_E must be torch.float32 of shape (4,), got"),
-    (9, torch.zeros(3, 2), "grad_weight_TK must be torch.float32 of shape (3, 1), got"),
-    (10, torch.zeros(3, 1), "grad_entropy_T must be torch.float32 of shape (3,), got"),
-    (11, torch.zeros(()), "grad_importance_E must be torch.float32 of shape (4,), got"),
-    (12, torch.zeros(4), "grad_loss_L must be torch.float32 of shape (5,), got"),
-]
-
-
-@pytest.mark.parametrize(
-    ("at", "value", "message"), BACKWARD_REFUSALS, ids=[r[2] for r in BACKWARD_REFUSALS]
-)
-@pytest.mark.parametrize("backend", backends_of("route_backward"))
-def test_backward_refuses_what_route_does_not_return(at, value, message, backend):
-    score_TE = torch.zeros(3, 4)
-    out = route_reference(score_TE, 1)
-    args = [score_TE, 1, *[None] * 4, out[1], out[3], out[4], *gradients((), out, torch.float32)]
-    args[at] = value
-    with pytest.raises(ValueError, match="route_backward: ") as caught:
-        torch.ops.gose.route_backward(*args, backend=backend)
-    assert message in str(caught.value)

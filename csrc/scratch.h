@@ -1,0 +1,106 @@
+// Memory that kernels need during a call, kept between calls: a fresh allocation of this size would
+// be mapped, zeroed and unmapped page by page every time, which costs more than the work in it.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace gose {
+
+// Asks for 2 MB pages where the range holds any; the answer does not matter.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHuge - 1);
+#if defined(MADV_HUGEPAGE)
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+class ScratchPool {
+ public:
+  struct Buffer {
+    char* data;
+    int64_t bytes;
+  };
+
+  // Not kept beyond this: larger buffers, and more of them than this in all.
+  static constexpr int64_t kKept = int64_t{512} << 20;
+
+  static ScratchPool& of_process() {
+    static ScratchPool* pool = new ScratchPool;  // outlives every thread
+    return *pool;
+  }
+
+  Buffer take(int64_t bytes) {
+    // A child forked while another thread held the lock never gets it: it allocates instead.
+    if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      for (size_t i = 0; i < free_.size(); ++i) {
+        if (free_[i].bytes >= bytes) {
+          const Buffer found = free_[i];
+          free_.erase(free_.begin() + i);
+          held_ -= found.bytes;
+          return found;
+        }
+      }
+    }
+    constexpr int64_t kPage = int64_t{1} << 21;
+    const int64_t rounded = bytes < kPage ? (bytes + 4095) / 4096 * 4096
+                                          : (bytes + bytes / 8 + kPage - 1) / kPage * kPage;
+    void* data = nullptr;
+    if (posix_memalign(&data, size_t(rounded < kPage ? 4096 : kPage), size_t(rounded)) != 0) {
+      throw std::bad_alloc();
+    }
+    advise_huge_pages(data, rounded);
+    return {static_cast<char*>(data), rounded};
+  }
+
+  void give_back(Buffer buffer) {
+    if (const std::unique_lock lock(mutex_, std::try_to_lock);
+        lock && held_ + buffer.bytes <= kKept) {
+      // What is smaller than this one was outgrown.
+      while (!free_.empty() && free_.back().bytes < buffer.bytes && free_.size() > 7) drop_last();
+      free_.push_back(buffer);
+      held_ += buffer.bytes;
+      return;
+    }
+    free(buffer.data);
+  }
+
+  int64_t held() const { return held_; }
+
+  void release() {
+    const std::lock_guard lock(mutex_);
+    while (!free_.empty()) drop_last();
+  }
+
+ private:
+  void drop_last() {
+    held_ -= free_.back().bytes;
+    free(free_.back().data);
+    free_.pop_back();
+  }
+
+  std::mutex mutex_;
+  std::vector<Buffer> free_;
+  int64_t held_ = 0;
+};
+
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : buffer_(ScratchPool::of_process().take(bytes)) {}
+  ~Scratch() { ScratchPool::of_process().give_back(buffer_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return buffer_.data; }
+
+ private:
+  ScratchPool::Buffer buffer_;
+};
+
+}  // namespace gose
