@@ -159,7 +159,12 @@ class Build(build_ext):
             *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
             # psabi: vectors never cross a call, all is inlined. uninitialized: GCC 12 warns of its
             # own _mm512_undefined (GCC bug 105593).
-            *("-Wno-psabi", "-Wno-maybe-uninitialized", "-ffunction-sections"),
+            *(
+                "-Wno-psabi",
+                "-Wno-maybe-uninitialized",
+                "-Wno-uninitialized",
+                "-ffunction-sections",
+            ),
             *("-DNDEBUG", ninja_flag(f"-I{CSRC}")),
         ]
         torch_flags = [

@@ -3,11 +3,14 @@
 #include <vector>
 
 #include "bind_combine.h"
+#include "bind_distill.h"
+#include "bind_low_rank.h"
 #include "bind_masked.h"
 #include "bind_mlp.h"
 #include "bind_quantize.h"
 #include "bind_route.h"
 #include "bind_routing.h"
+#include "bind_squared_grad.h"
 #include "cpu/kernels.h"
 
 namespace gose {
@@ -293,12 +296,15 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x_P, std::optional<Tensor> re
   const Tensor x = torch::stable::contiguous(x_P);
   const Tensor residual = residual_P ? torch::stable::contiguous(*residual_P) : x;
   const Live live = find_live(frozen_P, x, run_find_live);
-  Tensor code = torch::stable::new_empty(x, {code_bytes(format, live.L)}, ScalarType::Byte);
+  const int64_t bytes = code_bytes(format, live.L);
+  Tensor code = on_huge_pages(torch::stable::new_empty(x, {bytes}, ScalarType::Byte), bytes);
   Tensor scale = torch::stable::new_empty(x, {num_scales(format, live.L)},
                                           format.half_scale ? ScalarType::Half : ScalarType::Float);
   const std::vector<int64_t> shape = residual_P ? sizes_of(x, x.dim()) : std::vector<int64_t>{0};
-  Tensor left = live.frozen() != nullptr ? torch::stable::new_zeros(x, shape, ScalarType::Float)
-                                         : torch::stable::new_empty(x, shape, ScalarType::Float);
+  Tensor left = live.frozen() != nullptr
+                    ? torch::stable::new_zeros(x, shape, ScalarType::Float)
+                    : on_huge_pages(torch::stable::new_empty(x, shape, ScalarType::Float),
+                                    residual_P ? 4 * x.numel() : 0);
   std::vector<CodeBad> bad((live.L + kCodeUnit - 1) / kCodeUnit);
   cpu::kernels().quantize(
       {
@@ -362,7 +368,8 @@ Tensor dequantize(Tensor code, Tensor scale, int64_t numel, std::optional<Tensor
   const Live live = frozen ? find_live(frozen, *frozen, run_find_live) : Live{{}, {}, numel};
   check_scales(op, code_1, scale_1, format, live.L);
   Tensor out = frozen ? torch::stable::new_zeros(code_1, {numel}, ScalarType::Float)
-                      : torch::stable::new_empty(code_1, {numel}, ScalarType::Float);
+                      : on_huge_pages(torch::stable::new_empty(code_1, {numel}, ScalarType::Float),
+                                      4 * numel);
   run_dequantize(code_1, scale_1, live, out, format, false, 1);
   return out;
 }
@@ -387,6 +394,46 @@ void dequantize_add(Tensor acc_P, Tensor code, Tensor scale, std::optional<Tenso
   const Live live = find_live(frozen_P, acc_P, run_find_live);
   check_scales(op, code_1, scale_1, format, live.L);
   run_dequantize(code_1, scale_1, live, acc_P, format, true, weight);
+}
+
+#define GOSE_DISTILL_ARGUMENTS                                                     \
+  Tensor student_BC, Tensor teacher, Tensor label, std::optional<Tensor> weight_B, \
+      std::optional<Tensor> task_weight_B, std::optional<Tensor> teacher_id_BJ,    \
+      std::optional<Tensor> teacher_tail_B, double task_weight, double tau,        \
+      double label_smoothing, std::string kl_reduction, std::string reduction
+#define GOSE_DISTILL_CALL                                                                 \
+  {student_BC, teacher, label, weight_B, task_weight_B, teacher_id_BJ, teacher_tail_B}, { \
+    task_weight, tau, label_smoothing, kl_reduction, reduction                            \
+  }
+
+void run_distill(const DistillParams& params) {
+  cpu::kernels().distill_loss(params, kTorchThreads);
+}
+
+Tensor distill_loss(GOSE_DISTILL_ARGUMENTS) {
+  return distill("distill_loss", GOSE_DISTILL_CALL, false, run_distill).loss;
+}
+
+std::tuple<Tensor, Tensor> distill_loss_train(GOSE_DISTILL_ARGUMENTS) {
+  const DistillResult result = distill("distill_loss", GOSE_DISTILL_CALL, true, run_distill);
+  return {result.loss, result.grad};
+}
+
+#undef GOSE_DISTILL_ARGUMENTS
+#undef GOSE_DISTILL_CALL
+
+std::tuple<Tensor, Tensor> squared_grad(Tensor x_ND, Tensor grad_NF, std::optional<Tensor> sample_N,
+                                        std::optional<Tensor> offset_E1) {
+  SquaredGradCall call = prepare_squared_grad(x_ND, grad_NF, sample_N, offset_E1);
+  cpu::kernels().squared_grad(call.params, kTorchThreads);
+  return {call.square, call.square_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> low_rank_op(Tensor x_MN, Tensor q_NR,
+                                               std::optional<Tensor> residual_MN) {
+  return low_rank(x_MN, q_NR, residual_MN, [](const LowRankParams& params) {
+    cpu::kernels().low_rank(params, kTorchThreads);
+  });
 }
 
 // Levels this CPU can run, best first, separated by blanks.
@@ -436,6 +483,17 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "dequantize_add_(Tensor(a!) acc_P, Tensor code, Tensor scale, Tensor? frozen_P, str format, "
       "float weight) -> ()");
+#define GOSE_DISTILL_ARGUMENTS                                                                  \
+  "(Tensor student_BC, Tensor teacher, Tensor label, Tensor? weight_B, Tensor? task_weight_B, " \
+  "Tensor? teacher_id_BJ, Tensor? teacher_tail_B, float task_weight, float tau, "               \
+  "float label_smoothing, str kl_reduction, str reduction)"
+  m.def("distill_loss" GOSE_DISTILL_ARGUMENTS " -> Tensor");
+  m.def("distill_loss_train" GOSE_DISTILL_ARGUMENTS " -> (Tensor, Tensor)");
+#undef GOSE_DISTILL_ARGUMENTS
+  m.def(
+      "squared_grad(Tensor x_ND, Tensor grad_NF, Tensor? sample_N, Tensor? offset_E1) -> "
+      "(Tensor, Tensor)");
+  m.def("low_rank(Tensor x_MN, Tensor q_NR, Tensor? residual_MN) -> (Tensor, Tensor, Tensor)");
   m.def("entropy(Tensor logits_BMC) -> Tensor");
   m.def("entropy_backward(Tensor grad_BM, Tensor logits_BMC) -> Tensor");
   m.def("dispatch(Tensor expert_TK, int num_experts) -> (Tensor, Tensor, Tensor)");
@@ -495,6 +553,10 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("quantize", TORCH_BOX(&gose::quantize));
   m.impl("dequantize", TORCH_BOX(&gose::dequantize));
   m.impl("dequantize_add_", TORCH_BOX(&gose::dequantize_add));
+  m.impl("distill_loss", TORCH_BOX(&gose::distill_loss));
+  m.impl("distill_loss_train", TORCH_BOX(&gose::distill_loss_train));
+  m.impl("low_rank", TORCH_BOX(&gose::low_rank_op));
+  m.impl("squared_grad", TORCH_BOX(&gose::squared_grad));
   m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
   m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
@@ -48,6 +49,20 @@ inline const char* dtype_name(ScalarType type) {
     case ScalarType::Bool: return "torch.bool";
     default: return "another dtype";
   }
+}
+
+inline bool is_floating(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+// A number as Python writes it: 1.0, not 1.
+inline std::string real(double x) {
+  std::ostringstream text;
+  text << x;
+  return std::isfinite(x) && x == std::floor(x) && std::fabs(x) < 1e5 ? text.str() + ".0"
+                                                                      : text.str();
 }
 
 inline void check_dim(const char* op, const char* name, const Tensor& t, int64_t dim) {

@@ -64,12 +64,6 @@ struct RouteSource {
   RouteScratch scratch;
 };
 
-inline bool is_floating(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-         type == ScalarType::Half;
-}
-
 template <class Wanted, class Got>
 inline void want(bool holds, const char* argument, const Wanted& wanted, const Got& got) {
   if (!holds) refuse("route: ", argument, " must be ", wanted, ", got ", got);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bind.h"
+#include "scratch.h"
 
 namespace gose {
 
@@ -13,6 +14,14 @@ inline std::vector<int64_t> sizes_of(const Tensor& t, int64_t dims) {
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < dims; ++i) sizes.push_back(t.size(i));
   return sizes;
+}
+
+// The tensor, just made and not yet written, on huge pages where Linux gives them on request: a
+// fault for every 4 KB of a large output takes longer than the kernel that fills it.
+inline Tensor on_huge_pages(Tensor fresh, int64_t bytes) {
+  constexpr int64_t kLeast = 16 << 20;
+  if (bytes >= kLeast) advise_huge_pages(fresh.mutable_data_ptr(), bytes);
+  return fresh;
 }
 
 inline std::string shape_text(const std::vector<int64_t>& sizes) {

@@ -322,4 +322,70 @@ struct GroupedGemmBackwardParams {  // gradients of the weights and of the bias
   DType dtype;
 };
 
+// Why the values of a sample of distill_loss cannot be used, in the order of the reference's
+// checks.
+enum class DistillBad : int32_t {
+  kNothing,
+  kLabel,
+  kSoftLabel,
+  kTaskWeight,
+  kId,
+  kSameId,
+  kTail,
+  kMemory
+};
+
+struct DistillParams {         // the formulas are in gose_kernels/ops/distill_loss.py
+  const void* student;         // [B, C] dtype
+  const void* teacher;         // [B, C] or [B, J] teacher_dtype
+  const int64_t* label;        // [B], or nullptr with
+  const void* soft;            // [B, C] soft_dtype
+  const float* weight;         // [B] or nullptr
+  const float* task_weight_B;  // [B] or nullptr
+  const int64_t* id;           // [B, J] or nullptr
+  const float* tail;           // [B]
+  float* term;                 // [B]
+  void* grad;                  // [B, C] dtype, of grad_scale * sum of term; nullptr: not wanted
+  DistillBad* bad;             // [B]
+  int64_t B, C, J, stride_sb, stride_tb, stride_lb;
+  float task_weight, inverse_tau, smoothing;
+  float kl_scale;  // tau^2 / r
+  float grad_scale;
+  DType dtype, teacher_dtype, soft_dtype;
+};
+
+constexpr int64_t kPanelWidth = 48;  // columns by which a panel may be wider than its contents
+
+struct SquaredGradParams {  // the formulas are in gose_kernels/ops/squared_grad.py
+  const void* x;            // [N, D] dtype
+  const void* grad;         // [N, F] dtype
+  const int64_t* order;     // [rows] rows of x by expert, then sample; nullptr: as they are
+  const uint8_t* last;      // [rows], 1 at a sample's last row; nullptr: every row is its own
+  const int64_t* offset;    // [E + 1] in [0, rows]
+  float* square;            // [E, F, D]
+  float* square_bias;       // [E, F]
+  float* panel_x;           // [rows, D + kPanelWidth], scratch
+  float* panel_g;           // [rows, F + kPanelWidth], scratch
+  int64_t rows, D, F, E, stride_xn, stride_gn;
+  DType dtype;
+};
+
+struct LowRankParams {    // the formulas are in gose_kernels/ops/low_rank.py; y = x + residual
+  const void* x;          // [M, N] dtype
+  const float* residual;  // [M, N] or nullptr
+  float* q;               // [padded R, padded N]: old q, then the new one; zeros in the padding
+  double* image;          // [padded R, padded M], zeroed: y @ q, then its basis
+  double* reflect;        // [R, padded M], zeroed: scratch
+  double* beta;           // [R]: scratch
+  float* p_RM;            // [padded R, padded M], zeroed: p by columns
+  float* p_MR;
+  float* q_NR;
+  float* left;   // [M, N], nullptr without residual
+  CodeBad* bad;  // [ceil(M / 4)]
+  int64_t M, N, R;
+  int64_t padded_M, padded_N, padded_R;  // to multiples of 16, 32 and 4
+  int64_t stride_xm;
+  DType dtype;
+};
+
 }  // namespace gose

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,21 @@ def masked_table() -> str:
     return "\n".join([*lines, "", f"{text} {_source(result)}"])
 
 
+def rows_table(name: str) -> str:
+    """The rows of a benchmark as they are, three digits a figure."""
+
+    def table(result: dict[str, Any]) -> str:
+        columns = result["columns"]
+        lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+        lines.append("|" + "---|" * len(columns))
+        for row in result["rows"]:
+            cells = (f"{v:.3g}" if isinstance(v := row[c], float) else str(v) for c in columns)
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    return _measured(name, table)
+
+
 def packet_format() -> str:
     """The contract of a packet as gose.compress states it."""
     text = gose.compress.__doc__
@@ -128,6 +144,10 @@ BLOCKS = {
     "layer": layer_table,
     "route": route_table,
     "masked": masked_table,
+    "quantize": partial(rows_table, "quantize"),
+    "distill_loss": partial(rows_table, "distill_loss"),
+    "squared_grad": partial(rows_table, "squared_grad"),
+    "low_rank": partial(rows_table, "low_rank"),
     "packet": packet_format,
 }
 

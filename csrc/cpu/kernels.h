@@ -36,6 +36,9 @@ struct Parallel {
   X(expert_mlp, ExpertMlpParams)                  \
   X(expert_mlp_backward, ExpertMlpBackwardParams) \
   X(grouped_gemm, GroupedGemmParams)              \
+  X(distill_loss, DistillParams)                  \
+  X(squared_grad, SquaredGradParams)              \
+  X(low_rank, LowRankParams)                      \
   X(grouped_gemm_backward, GroupedGemmBackwardParams)
 
 // One line per level that is compiled, worst first: X(level).

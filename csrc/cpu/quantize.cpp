@@ -61,35 +61,41 @@ inline vf clamp(vf x, float limit) {
 // To the nearest integer, ties to even, for |x| < 2^22; the result is never -0.
 inline vf nearest(vf x) { return (x + 12582912.f) - 12582912.f; }
 
-// One block in `y`, padded with zeros: codes to q, what they leave to y.
-inline void code_block(const QuantizeParams& p, float scale, int64_t count, const float* u,
-                       int8_t* q, float* y) {
-  const float qmax = float((1 << (p.format.bits - 1)) - 1);
+// One block in `y`, padded with zeros: codes to q, what they leave to y if that is wanted.
+// saturated: the scale is smaller than the block needs, and codes must be cut.
+template <bool kStochastic>
+inline void code_block(float scale, float qmax, bool saturated, bool wants_left, int64_t count,
+                       const float* u, int8_t* q, float* y) {
+  if (scale == 0.f) {
+    std::memset(q, 0, count);
+    return;
+  }
   for (int64_t n = 0; n < count; n += kLanes) {
     const vf value = load(y + n);
-    vf code = {};
-    if (scale > 0.f) {
-      // One more than qmax still rounds to what is clamped, and keeps `nearest` in its range.
-      const vf ratio = clamp(value / scale, qmax + 1.f);
-      if (p.stochastic) {
-        const vf sum = ratio + load(u + n);
-        code = nearest(sum);
-        code = code - select(code > sum, splat(1.f), splat(0.f));
-      } else {
-        code = (vf)((vu)nearest(ratio) | ((vu)ratio & 0x80000000u));  // -0 shows in the residual
-      }
-      code = clamp(code, qmax);
+    vf ratio = value / scale, code;
+    // One more than qmax still rounds to what is clamped, and keeps `nearest` in its range.
+    if (saturated) ratio = clamp(ratio, qmax + 1.f);
+    if (kStochastic) {
+      const vf sum = ratio + load(u + n);
+      code = nearest(sum);
+      code = code - select(code > sum, splat(1.f), splat(0.f));
+    } else {
+      code = (vf)((vu)nearest(ratio) | ((vu)ratio & 0x80000000u));  // -0 shows in the residual
     }
-    store(y + n, value - code * scale);
+    if (saturated) code = clamp(code, qmax);
+    if (wants_left) store(y + n, value - code * scale);
     const vc bytes = __builtin_convertvector(__builtin_convertvector(code, vi), vc);
     std::memcpy(q + n, &bytes, sizeof bytes);
   }
 }
 
+constexpr int64_t kAhead = 1024;  // elements by which loads are ahead: hardware stops at a page
+
 template <class Float>
 void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
   const Float* x = static_cast<const Float*>(p.x);
   const int64_t block = p.format.block;
+  const float qmax = float((1 << (p.format.bits - 1)) - 1);
   Draws draws = {};
   draws.key = philox_key(p.seed, p.step);
   draws.first = -1;
@@ -104,7 +110,8 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
     p.bad[unit] = {-1, 0.f};
     Walk walk = {p.frozen, p.P, p.inner, p.start != nullptr ? p.start[unit] : unit * kCodeUnit};
     const int64_t stop = (unit + 1) * kCodeUnit < p.L ? (unit + 1) * kCodeUnit : p.L;
-    for (int64_t l = unit * kCodeUnit; l < stop; l += block) {
+    int64_t index = unit * (kCodeUnit / block);  // of the block
+    for (int64_t l = unit * kCodeUnit; l < stop; l += block, ++index) {
       const int64_t count = stop - l < block ? stop - l : block;
       if (by_element) {
         for (int64_t n = 0; n < count; ++walk.at) {  // without a branch on the mask
@@ -124,6 +131,15 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
         length[runs] = size;
         const Float* from = x + walk.at;
         const float* residual = p.residual == nullptr ? nullptr : p.residual + walk.at;
+        if (walk.at + kAhead + size <= p.P) {
+          for (int64_t at = kAhead; at < kAhead + size; at += 64 / int64_t(sizeof(Float))) {
+            __builtin_prefetch(from + at);
+          }
+          if (residual != nullptr) {
+            for (int64_t at = kAhead; at < kAhead + size; at += 16)
+              __builtin_prefetch(residual + at);
+          }
+        }
         int64_t j = 0;
         for (; j + kLanes <= size; j += kLanes) {
           const vf value = load(from + j);
@@ -138,12 +154,16 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
         n += size;
       }
       for (int64_t n = count; n < block; ++n) y[n] = u[n] = 0.f;
-      vi highest = {};  // bits of |y| have its order, and those of infinity and NaN are above all
-      for (int64_t n = 0; n < count; n += kLanes) {
-        const vi bits = (vi)load(y + n) & 0x7fffffff;
-        highest = (vi)select(bits > highest, (vf)bits, (vf)highest);
+      // Bits of |y| have its order, and those of infinity and NaN are above all. y is padded to a
+      // whole block, which is a multiple of four vectors.
+      vi highest[4] = {};
+      for (int64_t n = 0; n < block; n += 4 * kLanes) {
+        for (int v = 0; v < 4; ++v) {
+          highest[v] = max((vi)load(y + n + v * kLanes) & 0x7fffffff, highest[v]);
+        }
       }
-      const int32_t top = -lowest_lane(-highest);
+      const int32_t top =
+          highest_lane(max(max(highest[0], highest[1]), max(highest[2], highest[3])));
       if (top >= 0x7f800000) {
         if (p.bad[unit].element >= 0) continue;
         int64_t n = 0;
@@ -154,8 +174,11 @@ void quantize_units(const QuantizeParams& p, int64_t begin, int64_t end) {
         p.bad[unit].element = place[run] + n;
         continue;
       }
-      const float scale = scale_of(float_of(uint32_t(top)), p.format, p.scale, l / block);
-      code_block(p, scale, count, u, q, y);
+      const float absmax = float_of(uint32_t(top));
+      const float scale = scale_of(absmax, p.format, p.scale, index);
+      const bool saturated = double(scale) * double(qmax) < double(absmax);
+      (p.stochastic ? code_block<true> : code_block<false>)(scale, qmax, saturated,
+                                                            p.left != nullptr, count, u, q, y);
       if (p.format.bits == 8) {
         std::memcpy(p.code + l, q, count);
       } else {
@@ -196,9 +219,10 @@ void dequantize_units(const DequantizeParams& p, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     Walk walk = {p.frozen, p.P, p.inner, p.start != nullptr ? p.start[unit] : unit * kCodeUnit};
     const int64_t stop = (unit + 1) * kCodeUnit < p.L ? (unit + 1) * kCodeUnit : p.L;
-    for (int64_t l = unit * kCodeUnit; l < stop; l += block) {
+    int64_t index = unit * (kCodeUnit / block);  // of the block
+    for (int64_t l = unit * kCodeUnit; l < stop; l += block, ++index) {
       const int64_t count = stop - l < block ? stop - l : block;
-      const float scale = scale_at(p.format, p.scale, l / block);
+      const float scale = scale_at(p.format, p.scale, index);
       decode(p, l, count, value);
       if (p.frozen != nullptr && p.inner == 1) {
         int64_t place[kMaxBlock + 1];
@@ -217,7 +241,11 @@ void dequantize_units(const DequantizeParams& p, int64_t begin, int64_t end) {
         float* out = p.out + walk.at;
         const float* from = value + n;
         if (p.add) {
-          for (int64_t j = 0; j < size; ++j) out[j] = out[j] + from[j] * scale * p.weight;
+          const float weight = p.weight;
+          if (walk.at + kAhead + size <= p.P) {
+            for (int64_t j = kAhead; j < kAhead + size; j += 16) __builtin_prefetch(out + j, 1);
+          }
+          for (int64_t j = 0; j < size; ++j) out[j] = out[j] + from[j] * scale * weight;
         } else {
           for (int64_t j = 0; j < size; ++j) out[j] = from[j] * scale;
         }

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, float32
 
-from gose_kernels.registry import Cost, reference, register
+from gose_kernels.registry import Cost, native, reference, register
 
 
 def _check(x_MN: Tensor, q_NR: Tensor, residual_MN: Tensor | None) -> None:
@@ -101,6 +101,7 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 low_rank = register(
     "low_rank(Tensor x_MN, Tensor q_NR, Tensor? residual_MN=None, *, str? backend=None) "
     "-> (Tensor, Tensor, Tensor)",
+    native("cpu", "low_rank", float32, torch.bfloat16, torch.float16),
     reference(low_rank_reference),
     fake=_fake,
     cost=_cost,

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gose_kernels as gk
-from gose_kernels.ops.distill_loss import distill_loss_backward_reference, distill_loss_reference
+from gose_kernels.ops.distill_loss import distill_loss_reference, distill_loss_train_reference
 from tests import cases
-from tests.checks import assert_close_to_truth, backends_of
+from tests.checks import assert_close_to_truth, assert_close_within_ulps, backends_of
 
 BACKENDS = backends_of("distill_loss")
 
@@ -81,20 +81,102 @@ def _as_double(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", cases.distill_loss, ids=str)
 def test_loss_and_gradient_match_the_float64_reference(case, dtype, backend):
     tensors, options = case.build(dtype)
     truth = distill_loss_reference(*_as_double(tensors), **options)
     got = gk.distill_loss(*tensors, **options, backend=backend)
     assert_close_to_truth(got, distill_loss_reference(*tensors, **options), truth)
-    grad = torch.linspace(0.5, 1.5, got.numel(), dtype=got.dtype).view(got.shape)
-    got_grad = torch.ops.gose.distill_loss_backward(grad, *tensors, **options, backend=backend)
-    assert_close_to_truth(
-        got_grad,
-        distill_loss_backward_reference(grad, *tensors, **options),
-        distill_loss_backward_reference(grad.double(), *_as_double(tensors), **options),
-    )
+    trained = torch.ops.gose.distill_loss_train(*tensors, **options, backend=backend)
+    own = distill_loss_train_reference(*tensors, **options)
+    exact = distill_loss_train_reference(*_as_double(tensors), **options)
+    assert_close_to_truth(trained[0], own[0], exact[0])
+    assert_close_within_ulps(trained[1], own[1], exact[1])
+
+
+def _rows_apart(t: Tensor) -> Tensor:
+    """The same numbers, rows with a gap between them."""
+    wide = torch.full((t.shape[0], t.shape[1] + 3), torch.nan).to(t)
+    wide[:, : t.shape[1]] = t
+    return wide[:, : t.shape[1]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("J", [0, 9])
+def test_dtypes_and_strides_may_differ(J, soft, backend):
+    (student, teacher, label, _, _, ids, tail), _ = cases.DistillCase(6, 37, soft=soft, J=J).build()
+    options = {"tau": 2.0, "backend": backend}
+    student = student.bfloat16()
+    want = gk.distill_loss(student, teacher, label, None, None, ids, tail, **options)
+    for strange in (_rows_apart, lambda t: t.T.contiguous().T, Tensor.double):
+        moved = [strange(t) if t.is_floating_point() else t for t in (teacher, label)]
+        apart = student if strange is Tensor.double else strange(student)
+        got = gk.distill_loss(apart, *moved, None, None, ids, tail, **options)
+        torch.testing.assert_close(got, want, rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{"tau": 2.0}, {"label_smoothing": 0.1}])
+def test_a_vocabulary_of_classes(options, backend):
+    tensors, _ = cases.DistillCase(5, 32_003).build()
+    exact = distill_loss_train_reference(*_as_double(tensors), **options)
+    own = distill_loss_train_reference(*tensors, **options)
+    got = torch.ops.gose.distill_loss_train(*tensors, **options, backend=backend)
+    for one, same, true in zip(got, own, exact, strict=True):
+        assert_close_within_ulps(one, same, true)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits_for_any_number_of_threads(backend):
+    tensors, _ = cases.DistillCase(301, 501, J=7).build()
+    runs, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(torch.ops.gose.distill_loss_train(*tensors, tau=2.0, backend=backend))
+    finally:
+        torch.set_num_threads(before)
+    if backend == "torch":  # torch's own sums may depend on the threads
+        return
+    for loss, grad in runs[1:]:
+        assert torch.equal(loss, runs[0][0])
+        assert torch.equal(grad, runs[0][1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_gradient_of_the_loss_multiplies_the_kept_gradient(keep, reduction, backend):
+    (student, teacher, label, *_), _ = cases.DistillCase(6, 37).build()
+    once = torch.ops.gose.distill_loss_train(student, teacher, label, reduction=reduction)[1]
+    student.requires_grad_()
+    loss = gk.distill_loss(student, teacher, label, reduction=reduction, backend=backend)
+    for factor in (torch.ones(loss.shape), torch.linspace(0.5, 3, loss.numel()).view(loss.shape)):
+        (grad,) = torch.autograd.grad(loss, student, factor, retain_graph=True)
+        torch.testing.assert_close(grad, factor.view(-1, 1) * once)
+    (grad,) = torch.autograd.grad(loss, student, 3 * torch.ones(loss.shape), retain_graph=keep)
+    torch.testing.assert_close(grad, 3 * once)
+
+
+def test_training_keeps_the_gradient_and_nothing_else():
+    """Bytes that torch allocates for the CPU, and what it still holds between the two passes."""
+    B, C = 64, 1000
+    (student, teacher, label, *_), _ = cases.DistillCase(B, C).build()
+    student.requires_grad_()
+    gk.distill_loss(student, teacher, label).backward()  # the first call loads and compiles
+    student.grad = None
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss = gk.distill_loss(student, teacher, label, tau=2.0)
+        (2 * loss).backward()
+    taken = sum(max(e.nbytes(), 0) for e in _allocations(profile))
+    assert taken < 1.02 * 4 * B * C
+
+
+def _allocations(profile: torch.profiler.profile) -> list[Any]:
+    events = profile.profiler.kineto_results.events()
+    return [e for e in events if e.name() == "[memory]"]
 
 
 def _finite(case: cases.DistillCase) -> bool:
@@ -228,7 +310,8 @@ def test_nan_stays_visible_in_its_sample(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_teacher_cache_bounds_the_whole_divergence_and_meets_it(backend):
-    student, teacher, label, *_ = cases.DistillCase(8, 20).build(torch.float64)[0]
+    dtype, slack = (torch.float64, 1e-12) if backend == "torch" else (torch.float32, 1e-6)
+    student, teacher, label, *_ = cases.DistillCase(8, 20).build(dtype)[0]
     tau, last = 2.0, 0.0
     options = {"task_weight": 0.0, "tau": tau, "backend": backend}
     whole = float(gk.distill_loss(student, teacher, label, **options))
@@ -240,9 +323,9 @@ def test_the_teacher_cache_bounds_the_whole_divergence_and_meets_it(backend):
         loss = gk.distill_loss(
             student, value, label, teacher_id_BJ=ids, teacher_tail_B=tail, **options
         )
-        assert last <= float(loss) + 1e-12 <= whole + 2e-12
+        assert last <= float(loss) + slack <= whole + 2 * slack
         last = float(loss)
-    assert last == pytest.approx(whole, rel=1e-12)
+    assert last == pytest.approx(whole, rel=slack)
 
 
 @settings(deadline=None)
@@ -267,9 +350,7 @@ def test_permuting_classes_and_shifting_logits_changes_nothing(C, tau, seed):
 def test_opcheck(case, backend):
     tensors, options = case.build()
     options["backend"] = backend
-    overload = torch.ops.gose.distill_loss_backward.default
-    grad = torch.ones(len(tensors[0]) if options.get("reduction") == "none" else ())
-    torch.library.opcheck(overload, (grad, *tensors), options)
+    torch.library.opcheck(torch.ops.gose.distill_loss_train.default, tensors, options)
     torch.library.opcheck(torch.ops.gose.distill_loss.default, tensors, options)
     needing = (tensors[0].clone().requires_grad_(), *tensors[1:])
     torch.library.opcheck(torch.ops.gose.distill_loss.default, needing, options)
@@ -321,11 +402,6 @@ def test_refusals(backend):
     ]:
         with pytest.raises(ValueError, match="distill_loss: " + message):
             gk.distill_loss(s, t, hard, **options, backend=backend)
-    with pytest.raises(ValueError, match=r"grad must be torch.float32 of shape \(\), got .*\(4,\)"):
-        torch.ops.gose.distill_loss_backward(per_sample, s, t, hard, backend=backend)
-    grad = torch.ones((), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"grad must be torch.float32 .* got torch.bfloat16"):
-        torch.ops.gose.distill_loss_backward(grad, s, t, hard, backend=backend)
 
 
 def test_gradients_of_other_inputs_are_refused_not_dropped():

@@ -180,6 +180,27 @@ def test_order_of_rows_and_names_of_samples_do_not_matter(N: int, B: int, seed: 
 
 
 @pytest.mark.parametrize("backend", backends_of("squared_grad"))
+@pytest.mark.parametrize("samples", ["rows", "runs", "shuffled", "one"])
+def test_sizes_that_cross_every_block_edge(samples: str, backend: str) -> None:
+    """More rows than a panel is read in at a time, and many tiles; any number of threads gives the
+    same bits."""
+    case = cases.SquaredGradCase(701, 101, 67, samples, E=3)
+    args, before, runs = case.build(), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(gk.squared_grad(*args, backend=backend))
+    finally:
+        torch.set_num_threads(before)
+    doubled = [a.double() if a is not None and a.is_floating_point() else a for a in args]
+    exact = squared_grad_reference(*doubled)
+    for one, true in zip(runs[0], exact, strict=True):
+        assert float((one - true).norm()) <= 1e-6 * float(true.norm())
+    if backend == "cpu":
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", backends_of("squared_grad"))
 def test_outputs_take_no_gradient(backend: str) -> None:
     x_ND, grad_NF, sample_N, offset_E1 = cases.SquaredGradCase(20, 4, 3, "runs", E=2).build()
     got = gk.squared_grad(
