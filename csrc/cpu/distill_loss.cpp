@@ -24,7 +24,7 @@ struct Total {
 
   void add(vf x) {
     part += x;
-    if (++count == 16) carry();
+    if (++count == 4) carry();
   }
   void carry() {
     const vf y = part - lost;
