@@ -4,7 +4,7 @@
 reason. `gk.OPS` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
 """
 
-from gose_kernels import masks, memory, native, optim, packing, philox, profiling
+from gose_kernels import huggingface, masks, memory, native, optim, packing, philox, profiling
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.distill_loss import distill_loss
@@ -46,6 +46,7 @@ __all__ = [
     "explain",
     "forget_packed",
     "grouped_gemm",
+    "huggingface",
     "low_rank",
     "masked_adam_",
     "masked_lion_",
