@@ -53,26 +53,33 @@ def _want(module: nn.Module, holds: bool, argument: str, wanted: str, got: objec
         raise ValueError(f"gose experts of {name}: {argument} must be {wanted}, got {got}")
 
 
-def _check(module: nn.Module, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> None:
+def check(
+    module: nn.Module,
+    x_TD: Tensor,
+    expert_TK: Tensor,
+    weight_TK: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """ValueError for a call that does not fit the module; dtype: of weights it no longer holds."""
     for flag in FLAGS:
         _want(module, hasattr(module, flag), f"attribute {flag}", "set by transformers", "none")
-    shape, slots = tuple(x_TD.shape), tuple(expert_TK.shape)
+    shape, chosen = tuple(x_TD.shape), tuple(expert_TK.shape)
     _want(module, len(shape) == 2, "hidden_states", "of shape [tokens, width]", shape)
-    fits = len(slots) == 2 and slots[0] == shape[0]
-    _want(module, fits, "top_k_index", f"of shape [tokens = {shape[0]}, k]", slots)
+    fits = len(chosen) == 2 and chosen[0] == shape[0]
+    _want(module, fits, "top_k_index", f"of shape [tokens = {shape[0]}, k]", chosen)
     got = tuple(weight_TK.shape)
-    _want(module, got == slots, "top_k_weights", f"of shape {slots} as top_k_index", got)
+    _want(module, got == chosen, "top_k_weights", f"of shape {chosen} as top_k_index", got)
     whole = expert_TK.dtype in (torch.int32, torch.int64)
     _want(module, whole, "top_k_index", "int32 or int64", expert_TK.dtype)
     for name, p in module.named_parameters(recurse=False):
         same = p.device == x_TD.device
         _want(module, same, "hidden_states", f"on {p.device} as {name}", x_TD.device)
-        same = p.dtype == x_TD.dtype or torch.is_autocast_enabled(x_TD.device.type)
-        wanted = f"{p.dtype} as {name} (cast the model, or run it under torch.autocast)"
+        same = (dtype or p.dtype) == x_TD.dtype or torch.is_autocast_enabled(x_TD.device.type)
+        wanted = f"{dtype or p.dtype} as {name} (cast the model, or run it under torch.autocast)"
         _want(module, same, "hidden_states", wanted, x_TD.dtype)
 
 
-def _slots(module: nn.Module, top_k_index: Tensor) -> Tensor:
+def slots(module: nn.Module, top_k_index: Tensor) -> Tensor:
     """Experts in [0, E], E = unused."""
     experts: int = module.num_experts  # type: ignore[assignment]
     if module._is_expert_parallel:
@@ -101,9 +108,9 @@ def experts_forward(
     hidden_states [T, D]; top_k_index [T, K] int; top_k_weights [T, K] floating, read in float32.
     ValueError for what does not fit, before anything is computed.
     """
-    _check(self, hidden_states, top_k_index, top_k_weights)
+    check(self, hidden_states, top_k_index, top_k_weights)
     try:
-        out_TD = _forward(self, hidden_states, _slots(self, top_k_index), top_k_weights)
+        out_TD = _forward(self, hidden_states, slots(self, top_k_index), top_k_weights)
     except ValueError as error:
         raise _explained(self, error, top_k_index) from error
     return out_TD.to(hidden_states.dtype)  # under autocast the op has cast

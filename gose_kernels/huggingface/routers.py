@@ -203,8 +203,8 @@ def _swapped_class(router_class: type[nn.Module]) -> type[nn.Module]:
 
 def swap_router(
     router: nn.Module, options: Mapping[str, Any], entropy_E: Tensor | None = None
-) -> str | None:
-    """Makes the router run `route`; the reason if that is not possible, else None.
+) -> Routing | str:
+    """Makes the router run `route`: how, or the reason if that is not possible.
 
     options  arguments of `route` that replace those found; {} keeps the router's own numbers
     """
@@ -217,7 +217,7 @@ def swap_router(
     routing = found._replace(options=merged, scale=scale, entropy_E=entropy_E)
     vars(router)["_gose_routing"] = routing
     router.__class__ = _swapped_class(type(router))
-    return None
+    return routing
 
 
 def unswap_router(router: nn.Module) -> None:
