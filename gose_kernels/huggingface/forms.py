@@ -112,7 +112,6 @@ def _signature(module: nn.Module) -> tuple[object, ...]:
     return (module.has_gate, type(module)._apply_gate, getattr(module, "act_fn", None), *numbers)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def form_of(module: nn.Module) -> Form | None:
     """`find_form`, kept on the module until one of the things that decide it changes."""
     signature = _signature(module)
@@ -122,3 +121,7 @@ def form_of(module: nn.Module) -> Form | None:
         vars(module)["_gose_form"] = known
     form: Form | None = known[1]
     return form
+
+
+# What torch.compiler.assume_constant_result sets; that function imports all of torch._dynamo.
+vars(form_of)["_dynamo_marked_constant"] = True

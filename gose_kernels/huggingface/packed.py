@@ -150,8 +150,7 @@ class PackedExperts(nn.Module):
         bias_up, bias_down = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
         out_TD: Tensor = expert_mlp_packed(
             *(hidden_states.to(self.dtype), weight_TK, slots(self, top_k_index)),
-            *(self.packed_EB, bias_up, bias_down),
-            hidden=self.hidden,
+            *(self.packed_EB, self.hidden, bias_up, bias_down),
             activation=self.form.activation,
             interleaved=self.form.interleaved,
             limit=self.form.limit,

@@ -207,6 +207,7 @@ def swap_router(
     """Makes the router run `route`: how, or the reason if that is not possible.
 
     options  arguments of `route` that replace those found; {} keeps the router's own numbers
+    ValueError for options that `route` refuses.
     """
     found = find_routing(router)
     if isinstance(found, str):
@@ -214,6 +215,8 @@ def swap_router(
     own: Mapping[str, Any] = {} if "policy" in options else found.options
     merged = {**own, **options}
     scale = 1.0 if "policy" in options else found.scale
+    whole: Any = router
+    route(torch.zeros(1, len(whole.weight)), whole.top_k, entropy_E=entropy_E, **merged)
     routing = found._replace(options=merged, scale=scale, entropy_E=entropy_E)
     vars(router)["_gose_routing"] = routing
     router.__class__ = _swapped_class(type(router))
