@@ -8,8 +8,8 @@
     shared_expert.gate_proj, up_proj, down_proj    linear layers of the shared expert
     shared_expert_gate                             linear layer [1, D]; with shared_gate=True
 
-Transposed weights stand as [E, D, 2F] and [E, F, D]. All are plain parameters: DDP, FSDP2 (shard the
-layer as one unit: it reads the parameters of its parts), activation checkpointing, autocast and
+Transposed weights stand as [E, D, 2F] and [E, F, D]. All are plain parameters: DDP, FSDP2 (shard
+the layer as one unit: it reads the parameters of its parts), activation checkpointing, autocast and
 torch.compile(fullgraph=True) work as with any module. Experts spread over devices are not covered.
 """
 
@@ -194,15 +194,16 @@ class MoE(nn.Module):
             **self.options,
             backend=backend,
         )
+        out = out_TD if x.dim() == 2 else out_TD.view(x.shape)
         if self.scale != 1.0:
-            out_TD = out_TD * self.scale
+            out = out * self.scale
         shared = getattr(self, self.shared_name, None)
         if shared is not None:
-            shared_TD = shared(x_TD)
+            from_shared = shared(x)
             if self.shared_expert_gate is not None:
-                shared_TD = functional.sigmoid(self.shared_expert_gate(x_TD)) * shared_TD
-            out_TD = out_TD + shared_TD
-        return out_TD.view(x.shape), RouteStats(*stats)
+                from_shared = functional.sigmoid(self.shared_expert_gate(x)) * from_shared
+            out = out + from_shared
+        return out, RouteStats(*stats)
 
     def extra_repr(self) -> str:
         E, D = self.gate.weight.shape

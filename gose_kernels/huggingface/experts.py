@@ -7,7 +7,7 @@ The contract of an experts module (`transformers.integrations.moe`), and how eac
     has_gate                gate_up_proj, or without it up_proj
     has_bias                gate_up_proj_bias (up_proj_bias) and down_proj_bias
     is_transposed           the weights stand as [E, in, out]
-    is_concatenated         not read: `_apply_gate` says how gate and up lie, for every implementation
+    is_concatenated         not read: `_apply_gate` says how gate and up lie, for all of them
     has_post_expert_norm    post_expert_norm of every expert output, before the gate weights
     _apply_gate, act_fn     found by their values (`forms`)
     _is_expert_parallel     every id >= num_experts is an unused slot; else only num_experts is one,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,9 @@ def _probe(module: nn.Module, gated: bool) -> Tensor:
     gate, up = (side.reshape(-1) for side in torch.meshgrid(grid, grid, indexing="ij"))
     one, other = torch.full_like(gate, 0.3), torch.full_like(gate, 0.7)
     # Two units a row. First gates apart from ups, then in turns: each order tells itself apart.
-    return torch.cat([torch.stack(row, 1) for row in ((gate, one, up, other), (gate, up, one, other))])
+    return torch.cat(
+        [torch.stack(row, 1) for row in ((gate, one, up, other), (gate, up, one, other))]
+    )
 
 
 def _activation(pre_NH: Tensor, form: Form) -> Tensor:
@@ -83,7 +85,7 @@ def _activation(pre_NH: Tensor, form: Form) -> Tensor:
 
 
 @torch.no_grad()
-def find_form(module: nn.Module) -> Form | None:
+def find_form(module: Any) -> Form | None:
     """The first form that agrees with the module on the probe; None if it has its own.
 
     module has `has_gate`, and `_apply_gate` or `act_fn`, as transformers' experts modules do.
@@ -106,7 +108,7 @@ def find_form(module: nn.Module) -> Form | None:
     return None
 
 
-def _signature(module: nn.Module) -> tuple[object, ...]:
+def _signature(module: Any) -> tuple[object, ...]:
     """What may change in a module after its form was found."""
     numbers = _numbers(module, "limit", "clamp", "clip", "alpha")
     return (module.has_gate, type(module)._apply_gate, getattr(module, "act_fn", None), *numbers)

@@ -48,7 +48,7 @@ class Layout(NamedTuple):
     sizes: tuple[int, int, int]  # experts, width, hidden
     gated: bool
     bias: bool
-    gate: nn.Parameter | None  # None: the caller routes
+    gate: Tensor | None  # None: the caller routes
     top_k: int
     parts: list[Part]
 
@@ -59,6 +59,10 @@ class Layout(NamedTuple):
 
 def _same(parameter: Tensor) -> Tensor:
     return parameter
+
+
+def _rows(rows: slice) -> Callable[[Tensor], Tensor]:
+    return lambda w: w[:, rows]
 
 
 def _top_k(*holders: Any) -> int | None:
@@ -102,8 +106,11 @@ def _list_of_experts(layer: nn.Module) -> Layout | None:
     parts = []
     for e, linears in enumerate(mlps):
         for i, linear in enumerate(linears or []):
-            into, rows = (up, slice(i * hidden, (i + 1) * hidden)) if i < len(first) - 1 else (
-                "down_proj", slice(None))
+            into, rows = (
+                (up, slice(i * hidden, (i + 1) * hidden))
+                if i < len(first) - 1
+                else ("down_proj", slice(None))
+            )
             parts.append(Part(linear.weight, _same, into, (e, rows)))
             if bias:
                 parts.append(Part(linear.bias, _same, f"{into}_bias", (e, rows)))
@@ -149,7 +156,7 @@ def _scattermoe(layer: nn.Module) -> Layout | None:
         for at, into in ((0, hidden), (hidden, 0)):
             half = slice(at, at + hidden)
             region = (every, slice(into, into + hidden))
-            parts.append(Part(up.weight, lambda w, h=half: w[:, h], "gate_up_proj", region))
+            parts.append(Part(up.weight, _rows(half), "gate_up_proj", region))
     else:
         parts.append(Part(up.weight, _same, "up_proj", (every,)))
     return Layout("ScatterMoE", (experts, width, hidden), gated, False, None, top_k, parts)
@@ -214,7 +221,7 @@ class OwnLayer(nn.Module):
 
 
 class OwnExperts(nn.Module):
-    """`expert_mlp` in the place of experts that their caller routes: forward(x, weights, experts)."""
+    """`expert_mlp` in the place of experts that their caller routes."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
@@ -226,7 +233,9 @@ class OwnExperts(nn.Module):
         weight_TK = weight_TK.to(torch.promote_types(x.dtype, torch.float32))
         expert_TK = expert_idxs.reshape(len(x_TD), -1)
         up, down = getattr(self.experts, self.experts.up_name), self.experts.down_proj
-        out_TD = expert_mlp(x_TD, weight_TK, expert_TK, up, down, activation=self.activation)
+        out_TD: Tensor = expert_mlp(
+            x_TD, weight_TK, expert_TK, up, down, activation=self.activation
+        )
         return out_TD.view(x.shape).to(x.dtype)
 
 

@@ -60,6 +60,7 @@ class PackedExperts(nn.Module):
     """
 
     packed_EB: Tensor
+    config: Any
 
     def __init__(self, module: Any, form: Form) -> None:
         super().__init__()
@@ -136,9 +137,7 @@ class PackedExperts(nn.Module):
         getattr(module, self.up_name).data, module.down_proj.data = up, down
         return module
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `experts_forward`. RuntimeError if another implementation than gose is asked for."""
         if (asked := self.config._experts_implementation) != NAME:
             raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from gose_kernels.huggingface.experts import FLAGS, NAME, register
 from gose_kernels.huggingface.forms import form_of
-from gose_kernels.huggingface.layouts import layout_of, own_layer, write_back
+from gose_kernels.huggingface.layouts import Layout, layout_of, own_layer, write_back
 from gose_kernels.huggingface.packed import PackedExperts, why_not_packed
 from gose_kernels.huggingface.routers import swap_router, unswap_router
 
@@ -31,12 +32,15 @@ class Replaced:
         self._undo: list[Callable[[], None]] = []
 
     def __str__(self) -> str:
-        widths = [max(len(row[i]) for row in self.rows) for i in (0, 1)] if self.rows else [0, 0]
+        widths = [max(map(len, column), default=0) for column in self._texts()]
         return "\n".join(
             f"{r.name:{widths[0]}}  {r.kind:{widths[1]}}  "
             f"{'swapped' if r.swapped else 'not swapped'}: {r.how}"
             for r in self.rows
         )
+
+    def _texts(self) -> tuple[list[str], list[str]]:
+        return [row.name for row in self.rows], [row.kind for row in self.rows]
 
     def restore(self) -> None:
         """The model as it was: the same modules, parameters and implementation; weights that have
@@ -68,7 +72,7 @@ def replace_moe_layers(
     entropy_E: Tensor | Mapping[str, Tensor] | None = None,
     keep: Literal["both", "packed"] = "both",
 ) -> Replaced:
-    """Runs the MoE layers of a model on these kernels, in place; returns the table and the way back.
+    """The MoE layers of a model put on these kernels, in place: the table and the way back.
 
     Experts modules of transformers get the implementation "gose". Own layers of a known layout
     (`layouts`) are replaced by `MoE` after both gave the same numbers on random tokens; their
@@ -97,8 +101,9 @@ def replace_moe_layers(
         raise
     if not done.rows:
         raise ValueError(
-            f"replace_moe_layers: {type(model).__name__} has no MoE layers: neither experts modules "
-            f"of transformers nor a known layout (list of experts, FastMoE, ScatterMoE, MegaBlocks)"
+            f"replace_moe_layers: {type(model).__name__} has no MoE layers: neither experts "
+            f"modules of transformers nor a known layout (list of experts, FastMoE, ScatterMoE, "
+            f"MegaBlocks)"
         )
     return done
 
@@ -117,9 +122,9 @@ def _experts(model: nn.Module, done: Replaced) -> None:
     for root in roots:
         before = root.get_experts_implementation()
         root.set_experts_implementation(NAME)
-        done._undo.append(lambda root=root, before=before: root.set_experts_implementation(before))
+        done._undo.append(functools.partial(root.set_experts_implementation, before))
     for name, module in modules.items():
-        if module.config._experts_implementation != NAME:  # type: ignore[union-attr]
+        if module.config._experts_implementation != NAME:
             done._add(name, module, False, "it stands in no model of transformers")
         elif (form := form_of(module)) is None or module.has_post_expert_norm:
             done._add(name, module, True, "grouped_gemm around its own activation or norm")
@@ -151,7 +156,7 @@ def _routers(
             if isinstance(found, str):
                 done._add(name, module, False, found)
                 continue
-            done._undo.append(lambda module=module: unswap_router(module))
+            done._undo.append(functools.partial(unswap_router, module))
             chosen = ", ".join(f"{key}={value}" for key, value in found.options.items())
             done._add(name, module, True, f"route, {chosen}")
 
@@ -168,9 +173,13 @@ def _pack(model: nn.Module, done: Replaced) -> None:
         assert form is not None
         packed = PackedExperts(module, form)
         _put(model, name, packed)
-        done._undo.append(lambda name=name, packed=packed: _put(model, name, packed.unpack()))
+        done._undo.append(functools.partial(_unpack, model, name, packed))
         size = packed.packed_EB.nbytes / 2**20
         done.rows[at] = done.rows[at]._replace(how=f"{done.rows[at].how}; packed, {size:.1f} MiB")
+
+
+def _unpack(model: nn.Module, name: str, packed: PackedExperts) -> None:
+    _put(model, name, packed.unpack())
 
 
 def _own(model: nn.Module, done: Replaced) -> None:
@@ -187,10 +196,12 @@ def _own(model: nn.Module, done: Replaced) -> None:
         replacement, how = swap
         replacement.train(module.training)
         _put(model, name, replacement)
-
-        def back(name: str = name, old: Any = module, new: Any = replacement, how: Any = layout) -> None:
-            write_back(new, how)
-            _put(model, name, old)
-
-        done._undo.append(back)
+        done._undo.append(functools.partial(_back, model, name, module, replacement, layout))
         done._add(name, module, True, how)
+
+
+def _back(
+    model: nn.Module, name: str, old: nn.Module, replacement: nn.Module, layout: Layout
+) -> None:
+    write_back(replacement, layout)
+    _put(model, name, old)

@@ -130,7 +130,10 @@ def find_routing(router: nn.Module) -> Routing | str:
     if not torch.equal(logits_TE, _logits(probe, x_TD, exact=True, autocast=True)):
         return "its logits are not tokens times weight"
     bias_E = given[0] if given else getattr(probe, _BIAS, None)
-    scales = {1.0, *(float(s) for n in _SCALES if isinstance(s := getattr(router, n, 1), int | float))}
+    scales = {
+        1.0,
+        *(float(s) for n in _SCALES if isinstance(s := getattr(router, n, 1), int | float)),
+    }
     order = _expert_sets(expert_TK)
     for options, scale in itertools.product(_policies(router), sorted(scales)):
         biased = bias_E is not None and "sigmoid" in (options["policy"], options.get("gate"))
@@ -167,8 +170,15 @@ def _with_dtypes(
     for exact in (False, True):
         ours = _logits(low, x_TD.bfloat16(), exact, autocast)
         if torch.equal(ours.to(logits_TE.dtype), logits_TE):
-            floats = [t.dtype == torch.float32 for t in (logits_TE, weight_TK)]
-            return Routing(options, scale, exact, autocast, *floats, bool(given))
+            return Routing(
+                options,
+                scale,
+                exact,
+                autocast,
+                float_logits=logits_TE.dtype == torch.float32,
+                float_weights=weight_TK.dtype == torch.float32,
+                takes_bias=bool(given),
+            )
     return "its logits in bfloat16 are not tokens times weight"
 
 
@@ -219,11 +229,12 @@ def swap_router(
     route(torch.zeros(1, len(whole.weight)), whole.top_k, entropy_E=entropy_E, **merged)
     routing = found._replace(options=merged, scale=scale, entropy_E=entropy_E)
     vars(router)["_gose_routing"] = routing
-    router.__class__ = _swapped_class(type(router))
+    own_class: Any = type(router)
+    router.__class__ = _swapped_class(own_class)
     return routing
 
 
 def unswap_router(router: nn.Module) -> None:
     """The router as it was before `swap_router`."""
     del vars(router)["_gose_routing"]
-    router.__class__ = type(router).__mro__[1]  # type: ignore[assignment]
+    router.__class__ = type(router).__mro__[1]

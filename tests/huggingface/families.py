@@ -215,7 +215,9 @@ def _model_classes(family: Family) -> list[type[Any]]:
         and value.__name__.endswith(heads)
         and not value.__name__.endswith("PreTrainedModel")
     ]
-    return sorted(found, key=lambda c: next(i for i, h in enumerate(heads) if c.__name__.endswith(h)))
+    return sorted(
+        found, key=lambda c: next(i for i, h in enumerate(heads) if c.__name__.endswith(h))
+    )
 
 
 def tiny_config(family: Family, model_class: type[Any]) -> Any:

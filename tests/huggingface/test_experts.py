@@ -237,7 +237,9 @@ def test_empty_batches_and_permuted_tokens() -> None:
 
 def test_register_without_transformers_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
-    with pytest.raises(RuntimeError, match=r"needs transformers >= 5.23 .*pip install 'gose\[hf\]'"):
+    with pytest.raises(
+        RuntimeError, match=r"needs transformers >= 5.23 .*pip install 'gose\[hf\]'"
+    ):
         gk.huggingface.register()
 
 

@@ -1,4 +1,4 @@
-"""Whole models of every family: eager against gose, forward, training, generation, save and load."""
+"""Whole models of every family, eager against gose: training, generation, save and load."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def _loss(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """The model's own loss, the auxiliary one of the routers with it where there is one."""
     if hasattr(model, "lm_head"):
-        options = {"output_router_logits": True} if "output_router_logits" in vars(model.config) else {}
+        options = (
+            {"output_router_logits": True} if "output_router_logits" in vars(model.config) else {}
+        )
         return model(**inputs, labels=inputs["input_ids"], **options).loss
     hidden = model(**inputs).last_hidden_state
     seed = torch.Generator().manual_seed(3)
@@ -69,7 +71,9 @@ def test_logits_loss_and_gradients_equal_eager_and_back_again(family: Family) ->
             torch.manual_seed(0)  # some models draw inside
             loss = _loss(model, inputs)
             loss.backward()
-            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            gradients = {
+                n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+            }
             results.append((_logits(model, inputs), loss.detach(), gradients))
     (logits, loss, gradients), (our_logits, our_loss, ours) = results
     assert relative_error(our_logits, logits) < 1e-5
