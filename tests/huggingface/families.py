@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
