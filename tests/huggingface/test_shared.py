@@ -53,8 +53,10 @@ def _outcomes(folder: Path, implementation: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([root, str(folder)]),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "ignore"]
-        + ["--timeout=0", "tests/test_tiny_models.py"],
+        [
+            *(sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-W", "ignore"),
+            *("--timeout=0", "tests/test_tiny_models.py"),
+        ],
         cwd=folder,
         env=environment,
         capture_output=True,

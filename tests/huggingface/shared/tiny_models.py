@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
+from . import test_modeling_common as common
 from .test_configuration_common import ConfigTester
-from .test_modeling_common import ModelTesterMixin, ids_tensor
 
 if os.environ["GOSE_EXPERTS"] == "gose":
     import gose_kernels as gk
@@ -71,7 +71,7 @@ class _Tester:
         return config_class(**{**SIZES, **FAMILIES[self.name]})
 
     def prepare_config_and_inputs_for_common(self) -> tuple[Any, dict[str, Any]]:
-        ids = ids_tensor([self.batch_size, self.seq_length], 96) + 3
+        ids = common.ids_tensor([self.batch_size, self.seq_length], 96) + 3
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -87,9 +87,8 @@ def _case(name: str) -> type[unittest.TestCase]:
     body = {"all_model_classes": classes, "pipeline_model_mapping": {}, "setUp": set_up}
     # The generation tests are no part of the source distribution.
     body["test_generation_tester_mixin_inheritance"] = lambda self: None
-    return type(f"Test{name}", (ModelTesterMixin, unittest.TestCase), body)
+    return type(f"Test{name}", (common.ModelTesterMixin, unittest.TestCase), body)
 
 
 for _name in FAMILIES:
     globals()[f"Test{_name}"] = _case(_name)
-del ModelTesterMixin  # a base, no tests of its own
