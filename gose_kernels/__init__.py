@@ -4,7 +4,8 @@
 reason. `gk.OPS` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
 """
 
-from gose_kernels import masks, memory, native, optim, packing, philox, profiling
+from gose_kernels import huggingface, masks, memory, native, optim, packing, philox, profiling
+from gose_kernels.moe import MoE, RouteStats
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.distill_loss import distill_loss
@@ -34,7 +35,9 @@ __all__ = [
     "Backend",
     "Cost",
     "Format",
+    "MoE",
     "Op",
+    "RouteStats",
     "combine",
     "dequantize",
     "dequantize_add_",
@@ -46,6 +49,7 @@ __all__ = [
     "explain",
     "forget_packed",
     "grouped_gemm",
+    "huggingface",
     "low_rank",
     "masked_adam_",
     "masked_lion_",

@@ -58,6 +58,23 @@ def claims_table() -> str:
     return "\n".join([*lines, "", f"{seconds} {_source(result)}"])
 
 
+def model_table() -> str:
+    """Whole transformers models: milliseconds inside the experts, and how many times faster."""
+    lines = [
+        "| model | phase | eager | grouped_mm | gose | experts | whole model |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("olmoe", "qwen3moe"):
+        result = _result(f"model_{name}")
+        for phase, found in result["phases"].items():
+            cells = " | ".join(
+                f"{found['rows'][peer]['moe_ms']:.1f}" for peer in ("eager", "grouped_mm", "gose")
+            )
+            ratios = f"{found['ratios']['moe']:.2f}x | {found['ratios']['model']:.2f}x"
+            lines.append(f"| {name}, 4 layers | {phase} | {cells} | {ratios} |")
+    return "\n".join([*lines, "", f"Milliseconds in bfloat16. {_source(result)}"])
+
+
 def system_table() -> str:
     """Seconds of the quickstart's phases, native and on the references."""
     result = _result("system")
@@ -141,6 +158,7 @@ BLOCKS = {
     "ops": ops_table,
     "claims": claims_table,
     "system": system_table,
+    "model": model_table,
     "layer": layer_table,
     "route": route_table,
     "masked": masked_table,
