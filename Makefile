@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN = $(VENV)/bin
 SOURCES = pyproject.toml setup.py $(shell find csrc -type f)
-CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 # Tests run on two workers with one thread each; thread counts are tested by tests that set them.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
@@ -37,7 +37,7 @@ define tests
 	GOSE_ISA=portable $(PYTEST) $(1) tests/kernels -k cpu
 	GOSE_ISA=avx2 $(PYTEST) $(1) tests/kernels -k cpu
 	$(PYTEST) -m bench --benchmark-disable tests/bench
-	$(PYTEST) $(1) -n 2 tests
+	$(PYTEST) $(1) -n 2 --dist loadgroup tests
 endef
 
 lint: $(VENV)/.test

@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -46,9 +47,27 @@ COMPILED_ONCE: dict[str, list[str]] = {
     "microgemm_avx512_bf16.cpp": [*LEVELS["avx512"], "-mavx512bf16"] if "avx512" in LEVELS else [],
     "microgemm_amx.cpp": ["-mamx-tile", "-mamx-bf16"] if "avx512" in LEVELS else [],
 }
+COMMON_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    # psabi: vectors never cross a call, all is inlined. uninitialized: GCC 12 warns of its own
+    # _mm512_undefined (GCC bug 105593).
+    *("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
+    *("-ffunction-sections", "-DNDEBUG"),
+]
 # Every operation rounds: the codecs' bytes are the same on every backend, the optimizers' on every
 # level. Both wait for memory, so a fused multiply-add would win nothing.
 NOT_FUSED = {"masked_update.cpp", "quantize.cpp"}
+
+
+def cpu_objects() -> Iterator[tuple[Path, str, list[str]]]:
+    """(source, object's name, flags) of every compilation of csrc/cpu."""
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        if source.name in COMPILED_ONCE:
+            yield source, f"{source.stem}.o", COMPILED_ONCE[source.name]
+            continue
+        exact = ["-ffp-contract=off"] if source.name in NOT_FUSED else []
+        for level, flags in LEVELS.items():
+            yield source, f"{source.stem}.{level}.o", [f"-DGOSE_LEVEL={level}", *flags, *exact]
 
 
 def find_torch() -> Path | None:
@@ -155,18 +174,7 @@ class Build(build_ext):
         subprocess.run([ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
 
     def ninja_file(self, torch: Path, compiler: str, target: Path) -> str:
-        flags = [
-            *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
-            # psabi: vectors never cross a call, all is inlined. uninitialized: GCC 12 warns of its
-            # own _mm512_undefined (GCC bug 105593).
-            *(
-                "-Wno-psabi",
-                "-Wno-maybe-uninitialized",
-                "-Wno-uninitialized",
-                "-ffunction-sections",
-            ),
-            *("-DNDEBUG", ninja_flag(f"-I{CSRC}")),
-        ]
+        flags = [*COMMON_FLAGS, ninja_flag(f"-I{CSRC}")]
         torch_flags = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             *(
@@ -198,14 +206,8 @@ class Build(build_ext):
             objects.append(name)
             lines.extend([f"build {name}: compile {ninja_path(source)}", f"  more = {more}"])
 
-        for source in sorted((CSRC / "cpu").glob("*.cpp")):
-            if source.name in COMPILED_ONCE:
-                compile_(source, f"{source.stem}.o", " ".join(COMPILED_ONCE[source.name]))
-                continue
-            for level, level_flags in LEVELS.items():
-                exact = ["-ffp-contract=off"] if source.name in NOT_FUSED else []
-                more = " ".join([f"-DGOSE_LEVEL={level}", *level_flags, *exact])
-                compile_(source, f"{source.stem}.{level}.o", more)
+        for source, name, more in cpu_objects():
+            compile_(source, name, " ".join(more))
         compile_(CSRC / "bind.cpp", "bind.o", "$torch_flags")
         # libstdc++ before torch: libtorch_cpu exports copies of its symbols, which it may drop.
         libraries = [
@@ -270,14 +272,13 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-native = wants("GOSE_NATIVE") is not False
-setup(
-    ext_modules=[
-        Extension("gose_kernels.libgose_kernels", sources=[]),
-    ]
-    if native
-    else [],
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
-    # Only where no torch can be found: a download that the package's own requirement needs anyway.
-    setup_requires=["torch>=2.11"] if native and find_compiler() and find_torch() is None else [],
-)
+if __name__ == "__main__":
+    native = wants("GOSE_NATIVE") is not False
+    modules = [Extension("gose_kernels.libgose_kernels", sources=[])]
+    # Where no torch can be found: a download that the package's own requirement needs anyway.
+    needs_torch = native and find_compiler() is not None and find_torch() is None
+    setup(
+        ext_modules=modules if native else [],
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+        setup_requires=["torch>=2.11"] if needs_torch else [],
+    )

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from gose_kernels import native as native_library
 
@@ -26,40 +25,15 @@ from gose_kernels import native as native_library
 class _Copy(NamedTuple):
     packed_EB: Tensor
     versions: tuple[int, ...]
-    storages: tuple[StorageWeakRef, ...]
-
-    def stale(self) -> bool:
-        return any(storage.expired() for storage in self.storages)
+    watched: tuple[weakref.ref[torch.UntypedStorage], ...]  # dies with the copy
 
 
 _copies: dict[tuple[object, ...], _Copy] = {}
-_watched: dict[int, weakref.ref[Tensor]] = {}
-_lock = threading.RLock()
+_lock = threading.RLock()  # reentrant: garbage collection may run `gone` wherever it is held
 
 
 def _version(weights: Tensor) -> int:
     return 0 if weights.is_inference() else weights._version
-
-
-def _drop_stale() -> None:
-    for key in [key for key, copy in _copies.items() if copy.stale()]:
-        del _copies[key]
-
-
-def _watch(weights: Tensor) -> None:
-    """Drop the copies of a tensor's memory with the tensor, unless others still use the memory."""
-    name, storage = id(weights), weights.untyped_storage()._cdata
-
-    def gone(_: object) -> None:
-        with _lock:
-            _watched.pop(name, None)
-            if torch._C._storage_Use_Count(storage) <= 1:
-                for key, copy in list(_copies.items()):
-                    if any(kept.cdata == storage for kept in copy.storages):
-                        del _copies[key]
-
-    if name not in _watched:
-        _watched[name] = weakref.ref(weights, gone)
 
 
 def _kept(
@@ -73,19 +47,25 @@ def _kept(
     key = (layout, *[(w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights])
     versions = tuple([_version(w) for w in weights])
     found = _copies.get(key)
-    if found is not None and found.versions == versions and not found.stale():
+    if found is not None and found.versions == versions:
         return found.packed_EB
-    if changing:
-        return None
+
+    def gone(_: object) -> None:
+        with _lock:
+            _copies.pop(key, None)
+
     with _lock:
-        _copies.pop(key, None)  # before the new one is made: never two copies of one weight
-        _drop_stale()
-        packed_EB = pack()
-        storages = tuple(StorageWeakRef(w.untyped_storage()) for w in weights)
-        _copies[key] = _Copy(packed_EB, versions, storages)
-        for w in weights:
-            _watch(w)
-    return packed_EB
+        if changing:
+            _copies.pop(key, None)
+            return None
+        found = _copies.get(key)  # another thread may have made it meanwhile
+        if found is None or found.versions != versions:
+            found = None  # the old one goes before the new one is made: never two of one weight
+            _copies.pop(key, None)
+            # torch keeps the Python object of a storage while any tensor uses the memory.
+            watched = tuple(weakref.ref(w.untyped_storage(), gone) for w in weights)
+            found = _copies[key] = _Copy(pack(), versions, watched)
+    return found.packed_EB
 
 
 def _panels_bytes(columns: int, K: int, gated: bool, dtype: torch.dtype) -> int:
@@ -127,6 +107,10 @@ def pack_experts(
         raise RuntimeError(f"pack_experts: {reason}")
     num_experts, rows, width = w_up_EHD.mT.shape if transposed else w_up_EHD.shape
     hidden, dtype = rows // 2 if gated else rows, w_up_EHD.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"pack_experts: w_up_EHD must be float32, bfloat16 or float16, got {dtype}"
+        )
     wanted = (num_experts, hidden, width) if transposed else (num_experts, width, hidden)
     if tuple(w_down_EDF.shape) != wanted or w_down_EDF.dtype != dtype or rows % (1 + gated):
         raise ValueError(
@@ -137,10 +121,12 @@ def pack_experts(
     up_bytes = _panels_bytes(rows, width, gated, dtype)
     total = expert_bytes(width=width, hidden=hidden, dtype=dtype, gated=gated)
     packed_EB = torch.empty(num_experts, total, dtype=torch.uint8) if out is None else out
-    if packed_EB.shape != (num_experts, total):
+    rows_apart = packed_EB.numel() == 0 or packed_EB.stride(0) % 64 == 0
+    if (packed_EB.shape, packed_EB.dtype, rows_apart) != ((num_experts, total), torch.uint8, True):
         raise ValueError(
-            f"pack_experts: out must have shape {(num_experts, total)}, "
-            f"got {tuple(packed_EB.shape)}"
+            f"pack_experts: out must be uint8 of shape {(num_experts, total)}, rows a multiple of "
+            f"64 bytes apart, got {packed_EB.dtype} of shape {tuple(packed_EB.shape)}, "
+            f"strides {packed_EB.stride()}"
         )
     pack = torch.ops.gose_native.pack_matrix
     pack(packed_EB, w_up_EHD, 0, gated, interleaved, transposed)
