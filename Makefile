@@ -37,7 +37,7 @@ define tests
 	GOSE_ISA=portable $(PYTEST) $(1) tests/kernels -k cpu
 	GOSE_ISA=avx2 $(PYTEST) $(1) tests/kernels -k cpu
 	$(PYTEST) -m bench --benchmark-disable tests/bench
-	$(PYTEST) $(1) -n 2 --dist loadgroup tests
+	$(PYTEST) $(1) -n 2 tests
 endef
 
 lint: $(VENV)/.test

@@ -15,9 +15,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 
-# One worker builds for all of these tests.
-pytestmark = pytest.mark.xdist_group("wheel")
-
 
 def _python(code: str, cwd: Path, installed: Path, **more: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -4,6 +4,7 @@ emulated AMX tiles."""
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -21,8 +22,7 @@ import gose_kernels as gk
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
-# One worker compiles for all of these tests.
-pytestmark = pytest.mark.xdist_group("native")
+pytestmark = pytest.mark.timeout(900)  # the first test compiles for all
 x86_only = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="the levels above portable are those of x86-64"
 )
@@ -51,38 +51,54 @@ def _compile(commands: list[list[str]]) -> None:
         list(pool.map(run, commands))
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """csrc/cpu with the library's own flags, but for -O1: half the time, the same instruction
-    sets; and the driver."""
-    setup, folder, compiler = _setup(), tmp_path_factory.mktemp("native"), _compiler()
+def _build(folder: Path) -> None:
+    """Compiles csrc/cpu with the library's own flags, but for -O1: half the time, the same
+    instruction sets. Links `driver`, and `tiles` with emulated AMX on the portable level."""
+    setup, compiler = _setup(), _compiler()
     include = f"-I{ROOT / 'csrc'}"
     commands = []
     for source, name, flags in setup.cpu_objects():
         command = [compiler, *setup.COMMON_FLAGS, "-O1", include, *flags, "-c", str(source)]
         commands.append([*command, "-o", str(folder / name)])
-    own = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", include]
-    for source in HERE.glob("*.cpp"):
-        object_ = folder / f"own_{source.stem}.o"
-        commands.append([compiler, *own, "-c", str(source), "-o", str(object_)])
-    tiles = ["-DGOSE_EMULATE_TILES", "-include", str(HERE / "tiles.h")]
+    own = [compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", include]
     amx = ROOT / "csrc" / "cpu" / "microgemm_amx.cpp"
-    target = folder / "own_amx.o"
-    commands.append([compiler, *own, "-Wno-psabi", *tiles, "-c", str(amx), "-o", str(target)])
+    tiles = ["-DGOSE_EMULATE_TILES", "-include", str(HERE / "tiles.h")]
+    for source, more in [(HERE / "driver.cpp", []), (HERE / "tiles_level.cpp", []), (amx, tiles)]:
+        target = folder / f"own_{source.stem}.o"
+        commands.append([*own, *more, "-c", str(source), "-o", str(target)])
     _compile(commands)
+    kernels = [o for o in folder.glob("*.o") if not o.name.startswith("own_")]
+    portable = [o for o in kernels if o.name.endswith(".portable.o")]
+    # Static: the emulator needs no libraries of its architecture.
+    link = [compiler, "-static", str(folder / "own_driver.o")]
+    emulated = [folder / "own_tiles_level.o", folder / "own_microgemm_amx.o"]
+    _compile(
+        [
+            [*link, *map(str, [*portable, *emulated]), "-o", str(folder / "tiles")],
+            [*link, *map(str, kernels), "-o", str(folder / "driver")],
+        ]
+    )
+    (folder / "built").touch()
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `_build`, built once for all test processes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "native"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "built").exists():
+            _build(folder)
     return folder
-
-
-def _link(program: Path, objects: list[Path]) -> Path:
-    # Static: an emulator of a CPU needs no libraries of its architecture.
-    _compile([[_compiler(), "-static", "-o", str(program), *map(str, objects)]])
-    return program
 
 
 @pytest.fixture(scope="module")
 def driver(objects: Path) -> Path:
-    kernels = [o for o in objects.glob("*.o") if not o.name.startswith("own_")]
-    return _link(objects / "driver", [objects / "own_driver.o", *kernels])
+    return objects / "driver"
 
 
 def _run(*command: str, isa: str | None = None) -> list[str]:
@@ -139,9 +155,7 @@ def test_no_level_beyond_the_cpu_is_used_whatever_is_asked_for(driver: Path) -> 
 def test_amx_tiles(objects: Path) -> None:
     """Tiles on plain arrays that keep AMX's rules (tiles.h), under the whole of every op: products
     of 1 to 48 rows, rows apart, padding, layouts, blocks."""
-    portable = list(objects.glob("*.portable.o"))
-    own = [objects / f"own_{name}.o" for name in ("driver", "tiles_level", "amx")]
-    lines = _run(str(_link(objects / "tiles", [*own, *portable])))
+    lines = _run(str(objects / "tiles"))
     assert lines[0] == "level amx of amx"
     assert any(line.startswith("micro-kernel amx bf16 tiles ") for line in lines)
     assert {line.split()[0] for line in lines[1:]} >= {"pack", "grouped_gemm", "expert_mlp"}
