@@ -40,13 +40,18 @@ class ScratchPool {
   Buffer take(int64_t bytes) {
     // A child forked while another thread held the lock never gets it: it allocates instead.
     if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+      // The smallest that fits: a large one is left for who needs it, and calls that take several
+      // find again what they gave back.
+      size_t best = free_.size();
       for (size_t i = 0; i < free_.size(); ++i) {
-        if (free_[i].bytes >= bytes) {
-          const Buffer found = free_[i];
-          free_.erase(free_.begin() + i);
-          held_ -= found.bytes;
-          return found;
-        }
+        if (free_[i].bytes >= bytes && (best == free_.size() || free_[i].bytes < free_[best].bytes))
+          best = i;
+      }
+      if (best < free_.size()) {
+        const Buffer found = free_[best];
+        free_.erase(free_.begin() + best);
+        held_ -= found.bytes;
+        return found;
       }
     }
     constexpr int64_t kPage = int64_t{1} << 21;

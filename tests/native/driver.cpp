@@ -150,20 +150,23 @@ int64_t packed_bytes(const Weights& w, bool gated) {
   return packed_columns(w, gated) * round_up(w.K) * size_of(w.values.dtype());
 }
 
+PackParams place_of(const Weights& w, bool gated, bool interleaved, char* to, int64_t stride) {
+  return {.w = w.values.data(),
+          .packed = to,
+          .E = w.E,
+          .columns = w.columns,
+          .K = w.K,
+          .stride_we = w.columns * w.K,
+          .stride_wc = w.stride_c(),
+          .stride_wk = w.stride_k(),
+          .stride_packed = stride,
+          .gated = gated,
+          .interleaved = interleaved,
+          .dtype = w.values.dtype()};
+}
+
 void pack(const Weights& w, bool gated, bool interleaved, char* to, int64_t stride) {
-  cpu::kernels().pack({.w = w.values.data(),
-                       .packed = to,
-                       .E = w.E,
-                       .columns = w.columns,
-                       .K = w.K,
-                       .stride_we = w.columns * w.K,
-                       .stride_wc = w.stride_c(),
-                       .stride_wk = w.stride_k(),
-                       .stride_packed = stride,
-                       .gated = gated,
-                       .interleaved = interleaved,
-                       .dtype = w.values.dtype()},
-                      kPieces);
+  cpu::kernels().pack(place_of(w, gated, interleaved, to, stride), kPieces);
 }
 
 void check_pack(const Weights& w, bool gated, bool interleaved) {
@@ -379,13 +382,18 @@ void combines() {
 
 // Scratch memory of the size that the kernel asks for, then the call itself.
 template <class Params>
-void run_with_scratch(void (*kernel)(const Params&, const cpu::Parallel&), Params p) {
+void run_with_scratch(void (*kernel)(const Params&, const cpu::Parallel&), Params& p) {
   int64_t bytes = -1;
   p.scratch = nullptr, p.scratch_bytes = &bytes;
   kernel(p, kPieces);
   const Guarded scratch(bytes);
   p.scratch = scratch.data();
   kernel(p, kPieces);
+}
+
+// Weights that are packed as they are read give the bits of packed ones.
+void check_same(const char* what, const Guarded& packed, const Guarded& raw) {
+  if (std::memcmp(packed.data(), raw.data(), packed.bytes()) != 0) fail("%s: raw weights", what);
 }
 
 void grouped_gemms() {
@@ -404,22 +412,24 @@ void grouped_gemms() {
         const Weights w(dtype, E, F, D, false, random);
         const Guarded packed(E * packed_bytes(w, false));
         pack(w, false, false, packed.data(), packed_bytes(w, false));
-        run_with_scratch(cpu::kernels().grouped_gemm, {.x = x.data(),
-                                                       .offset = offset.data(),
-                                                       .w = packed.data(),
-                                                       .bias = {bias.data(), F, 1},
-                                                       .y = y.data(),
-                                                       .scratch = nullptr,
-                                                       .scratch_bytes = nullptr,
-                                                       .N = N,
-                                                       .E = E,
-                                                       .D = D,
-                                                       .F = F,
-                                                       .stride_xn = stride,
-                                                       .stride_packed = packed_bytes(w, false),
-                                                       .threads = kThreads,
-                                                       .cache = cpu::cache_bytes(),
-                                                       .dtype = dtype});
+        GroupedGemmParams p = {.x = x.data(),
+                               .offset = offset.data(),
+                               .w = packed.data(),
+                               .raw = place_of(w, false, false, nullptr, 0),
+                               .bias = {bias.data(), F, 1},
+                               .y = y.data(),
+                               .scratch = nullptr,
+                               .scratch_bytes = nullptr,
+                               .N = N,
+                               .E = E,
+                               .D = D,
+                               .F = F,
+                               .stride_xn = stride,
+                               .stride_packed = packed_bytes(w, false),
+                               .threads = kThreads,
+                               .cache = cpu::cache_bytes(),
+                               .dtype = dtype};
+        run_with_scratch(cpu::kernels().grouped_gemm, p);
         std::vector<double> want(N * F);
         for (int64_t e = 0; e < E; ++e) {
           for (int64_t n = kOffsets[e]; n < kOffsets[e + 1]; ++n) {
@@ -432,6 +442,10 @@ void grouped_gemms() {
         }
         check_chain("grouped_gemm", y, want);
         checksum.add(y.memory());
+        Numbers again(dtype, N * F);
+        p.w = nullptr, p.y = again.data();
+        run_with_scratch(cpu::kernels().grouped_gemm, p);
+        check_same("grouped_gemm", y.memory(), again.memory());
       }
     }
     checksum.print("grouped_gemm", name_of(dtype));
@@ -478,35 +492,38 @@ void check_mlp(const Mlp& m, DType dtype) {
   const Guarded packed(E * bytes);
   pack(up, m.gated, m.interleaved, packed.data(), bytes);
   pack(down, false, false, packed.data() + up_bytes, bytes);
-  run_with_scratch(cpu::kernels().expert_mlp, {.x = x.data(),
-                                               .row = plan.row.data(),
-                                               .token = plan.token.data(),
-                                               .offset = plan.offset.data(),
-                                               .weight = weight.data(),
-                                               .up = packed.data(),
-                                               .down = packed.data() + up_bytes,
-                                               .bias_up = {bias_up.data(), H, 1},
-                                               .bias_down = {bias_down.data(), D, 1},
-                                               .out = out.data(),
-                                               .pre = pre.data(),
-                                               .scratch = nullptr,
-                                               .scratch_bytes = nullptr,
-                                               .T = T,
-                                               .K = K,
-                                               .E = E,
-                                               .D = D,
-                                               .F = F,
-                                               .stride_xt = stride,
-                                               .stride_packed = bytes,
-                                               .threads = kThreads,
-                                               .cache = cpu::cache_bytes(),
-                                               .gated = m.gated,
-                                               .interleaved = m.interleaved,
-                                               .phi = m.phi,
-                                               .limit = m.limit,
-                                               .alpha = m.alpha,
-                                               .shift = m.shift,
-                                               .dtype = dtype});
+  ExpertMlpParams p = {.x = x.data(),
+                       .row = plan.row.data(),
+                       .token = plan.token.data(),
+                       .offset = plan.offset.data(),
+                       .weight = weight.data(),
+                       .up = packed.data(),
+                       .down = packed.data() + up_bytes,
+                       .raw_up = place_of(up, m.gated, m.interleaved, nullptr, 0),
+                       .raw_down = place_of(down, false, false, nullptr, 0),
+                       .bias_up = {bias_up.data(), H, 1},
+                       .bias_down = {bias_down.data(), D, 1},
+                       .out = out.data(),
+                       .pre = pre.data(),
+                       .scratch = nullptr,
+                       .scratch_bytes = nullptr,
+                       .T = T,
+                       .K = K,
+                       .E = E,
+                       .D = D,
+                       .F = F,
+                       .stride_xt = stride,
+                       .stride_packed = bytes,
+                       .threads = kThreads,
+                       .cache = cpu::cache_bytes(),
+                       .gated = m.gated,
+                       .interleaved = m.interleaved,
+                       .phi = m.phi,
+                       .limit = m.limit,
+                       .alpha = m.alpha,
+                       .shift = m.shift,
+                       .dtype = dtype};
+  run_with_scratch(cpu::kernels().expert_mlp, p);
   std::vector<double> want(T * D), want_pre(T * K * H);
   for (int64_t slot = 0; slot < T * K; ++slot) {
     const int64_t t = slot / K, e = expert[slot];
@@ -536,6 +553,10 @@ void check_mlp(const Mlp& m, DType dtype) {
   std::memcpy(used.data(), pre.data(), used.memory().bytes());
   check_chain("expert_mlp, pre", used, want_pre);
   checksum.add(out.memory()), checksum.add(used.memory());
+  Numbers again(dtype, T * D);
+  p.up = p.down = nullptr, p.out = again.data();
+  run_with_scratch(cpu::kernels().expert_mlp, p);
+  check_same("expert_mlp", out.memory(), again.memory());
   for (const Guarded* memory : {&x.memory(), &packed, &weight.memory(), &pre.memory()}) {
     memory->check();
   }
