@@ -107,3 +107,39 @@ class OnPtx:
 def run_launcher(library: ctypes.CDLL, op: str, struct: str, **values: Any) -> int:
     launcher: Callable[..., int] = library[symbol(op, struct)]
     return launcher(ctypes.byref(params.fill(struct, **values)), None)
+
+
+# ---- the same sources under g++ --------------------------------------------------------------
+
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+
+
+def compile_emulated(source: Path, folder: Path, *, flags: Sequence[str] = ()) -> Path:
+    """The source as a library whose kernels run on the CPU, warnings as errors."""
+    library = folder / f"{source.stem}{'.'.join(f.strip('-') for f in flags)}.emulated.so"
+    csrc = params.ROOT / "csrc"
+    subprocess.run(
+        [
+            *("g++", "-x", "c++", "-std=c++20", "-O1", "-g", "-shared", "-fPIC", "-DGOSE_EMULATE"),
+            *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags),
+            *(f"-I{csrc / 'emulate'}", f"-I{csrc}", "-o", library),
+            *(source, csrc / "emulate" / "control.cpp"),
+        ],
+        check=True,
+        timeout=240,
+    )
+    return library
+
+
+class OnEmulator:
+    """Launchers whose kernels run as fibers. Raises RuntimeError where threads cannot go on."""
+
+    def __init__(self, library: Path, order: str = "forward") -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.gose_emulate_error.restype = ctypes.c_char_p
+        self._library.gose_emulate_order(ORDERS[order])
+
+    def __call__(self, op: str, struct: str, tensors: Sequence[Tensor], **values: Any) -> None:
+        if error := run_launcher(self._library, op, struct, **values):
+            text = self._library.gose_emulate_error().decode()
+            raise RuntimeError(f"{op}: error {error}: {text}")

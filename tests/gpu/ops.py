@@ -1,0 +1,138 @@
+"""Every op with GPU kernels as the ladder's tests see it: how its CUDA launcher is called on CPU
+tensors, its Triton launcher, its cases and its reference."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import gose_kernels as gk
+from gose_kernels.ops import combine as combine_op
+from tests import cases
+from tests.checks import assert_close_to_truth
+from tests.gpu.params import poisoned
+
+Outputs = tuple[Tensor, ...]
+
+
+class Call(Protocol):
+    """tests.gpu.cuda_host.OnPtx and OnEmulator: runs a launcher of csrc/cuda."""
+
+    def __call__(self, op: str, struct: str, tensors: Sequence[Tensor], **values: Any) -> None: ...
+
+
+class OnGpu(NamedTuple):
+    """An op: `cuda(call, *args)` allocates as csrc/bind_*.h does, with poison in what the kernel
+    must write."""
+
+    source: str  # csrc/cuda/<source>.cu and gose_kernels/triton/<source>.py
+    cuda: Callable[..., Outputs]
+    reference: Callable[..., Any]
+    cases: Callable[[torch.dtype], Iterator[tuple[str, tuple[Any, ...]]]]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    exact: bool = False  # integers: equal, not close
+
+    def triton(self, name: str) -> Callable[..., Any]:
+        module = importlib.import_module(f"gose_kernels.triton.{self.source}")
+        launcher: Callable[..., Any] = getattr(module, name)
+        return launcher
+
+    def check(self, got: Any, args: tuple[Any, ...]) -> None:
+        """The error rule of tests/checks.py against the reference in float64."""
+        same = _tuple(self.reference(*args))
+        if self.exact:
+            for g, s in zip(_tuple(got), same, strict=True):
+                assert g.dtype == s.dtype
+                assert torch.equal(g, s)
+            return
+        truth = _tuple(self.reference(*(_double(a) for a in args)))
+        for g, s, t in zip(_tuple(got), same, truth, strict=True):
+            assert_close_to_truth(g, s, t)
+
+
+def _tuple(outputs: Any) -> Outputs:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _combine(call: Call, y: Tensor, weight: Tensor, row: Tensor) -> Outputs:
+    (T, K), D = weight.shape, y.shape[1]
+    out = poisoned(T, D, dtype=y.dtype)
+    tensors = dict(y=y, weight=weight, row=row, out=out)
+    sizes = dict(T=T, D=D, K=K, stride_yn=y.stride(0), dtype=y.dtype)
+    call("combine", "CombineParams", list(tensors.values()), **tensors, **sizes)
+    return (out,)
+
+
+def _combine_backward(call: Call, grad: Tensor, y: Tensor, weight: Tensor, row: Tensor) -> Outputs:
+    (T, K), D = weight.shape, y.shape[1]
+    grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format)
+    grad_weight = poisoned(T, K, dtype=torch.float32)
+    tensors = dict(grad=grad, y=y, weight=weight, row=row, grad_y=grad_y, grad_weight=grad_weight)
+    strides = dict(stride_gt=grad.stride(0), stride_yn=y.stride(0))
+    call(
+        "combine_backward",
+        "CombineBackwardParams",
+        list(tensors.values()),
+        **(tensors | strides),
+        **dict(T=T, D=D, K=K, dtype=y.dtype),
+    )
+    return grad_y, grad_weight
+
+
+def _combine_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for case in cases.combine:
+        yield str(case), case.build(dtype)
+
+
+def _combine_backward_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for case in cases.combine:
+        y, weight, row = case.build(dtype)
+        yield str(case), (case.draw(row.shape[0], y.shape[1]).to(dtype), y, weight, row)
+
+
+OPS: dict[str, OnGpu] = {
+    "combine": OnGpu("combine", _combine, combine_op.combine_reference, _combine_cases),
+    "combine_backward": OnGpu(
+        "combine",
+        _combine_backward,
+        combine_op.combine_backward_reference,
+        _combine_backward_cases,
+    ),
+}
+
+
+def every_case() -> list[Any]:
+    """(op, dtype, case name) of all ops, as pytest parameters."""
+    found = []
+    for name, op in OPS.items():
+        for dtype in op.dtypes:
+            for case, _ in op.cases(dtype):
+                short = str(dtype).removeprefix("torch.")
+                found.append(pytest_param(name, dtype, case, f"{name}-{short}-{case}"))
+    return found
+
+
+def pytest_param(name: str, dtype: torch.dtype, case: str, identity: str) -> Any:
+    import pytest
+
+    return pytest.param(name, dtype, case, id=identity)
+
+
+def arguments(name: str, dtype: torch.dtype, case: str) -> tuple[Any, ...]:
+    return dict(OPS[name].cases(dtype))[case]
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    pairs = zip(_tuple(a), _tuple(b), strict=True)
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+
+
+assert set(OPS) <= set(gk.OPS)
