@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,9 +80,9 @@ class OnPtx:
         self._library, self._runtime = ctypes.CDLL(str(compiled.library)), runtime
         self._raised: list[BaseException] = []
 
-    def __call__(self, op: str, struct: str, tensors: Sequence[Tensor], **values: Any) -> None:
+    def __call__(self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any) -> None:
         """Runs launcher `op`; `tensors` are all that its kernels may touch. Raises KernelError."""
-        spans = [params.extent(t, f"tensor {i}") for i, t in enumerate(tensors)]
+        spans = [params.extent(t, name) for name, t in tensors.items()]
         space = memory.Global(spans)
 
         def launched(name: bytes, sizes: Any, shared: int, args: Any) -> int:
@@ -98,7 +98,7 @@ class OnPtx:
 
         callback = _CALLBACK(launched)
         self._runtime.gose_on_launch(callback)
-        error = run_launcher(self._library, op, struct, **values)
+        error = run_launcher(self._library, op, struct, **tensors, **values)
         if self._raised:
             raise self._raised.pop()
         assert error == 0, f"{op}: CUDA error {error}"
@@ -139,7 +139,7 @@ class OnEmulator:
         self._library.gose_emulate_error.restype = ctypes.c_char_p
         self._library.gose_emulate_order(ORDERS[order])
 
-    def __call__(self, op: str, struct: str, tensors: Sequence[Tensor], **values: Any) -> None:
-        if error := run_launcher(self._library, op, struct, **values):
+    def __call__(self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any) -> None:
+        if error := run_launcher(self._library, op, struct, **tensors, **values):
             text = self._library.gose_emulate_error().decode()
             raise RuntimeError(f"{op}: error {error}: {text}")

@@ -4,9 +4,10 @@ tensors, its Triton launcher, its cases and its reference."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,7 +23,9 @@ Outputs = tuple[Tensor, ...]
 class Call(Protocol):
     """tests.gpu.cuda_host.OnPtx and OnEmulator: runs a launcher of csrc/cuda."""
 
-    def __call__(self, op: str, struct: str, tensors: Sequence[Tensor], **values: Any) -> None: ...
+    def __call__(
+        self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any
+    ) -> None: ...
 
 
 class OnGpu(NamedTuple):
@@ -33,6 +36,8 @@ class OnGpu(NamedTuple):
     cuda: Callable[..., Outputs]
     reference: Callable[..., Any]
     cases: Callable[[torch.dtype], Iterator[tuple[str, tuple[Any, ...]]]]
+    # Meta tensors that reach every tile configuration of the Triton kernel, the widest first.
+    tiles: Callable[[torch.dtype], Iterator[tuple[str, tuple[Any, ...]]]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     exact: bool = False  # integers: equal, not close
 
@@ -65,9 +70,8 @@ def _double(value: Any) -> Any:
 def _combine(call: Call, y: Tensor, weight: Tensor, row: Tensor) -> Outputs:
     (T, K), D = weight.shape, y.shape[1]
     out = poisoned(T, D, dtype=y.dtype)
-    tensors = dict(y=y, weight=weight, row=row, out=out)
-    sizes = dict(T=T, D=D, K=K, stride_yn=y.stride(0), dtype=y.dtype)
-    call("combine", "CombineParams", list(tensors.values()), **tensors, **sizes)
+    tensors = {"y": y, "weight": weight, "row": row, "out": out}
+    call("combine", "CombineParams", tensors, T=T, D=D, K=K, stride_yn=y.stride(0), dtype=y.dtype)
     return (out,)
 
 
@@ -75,16 +79,33 @@ def _combine_backward(call: Call, grad: Tensor, y: Tensor, weight: Tensor, row: 
     (T, K), D = weight.shape, y.shape[1]
     grad_y = torch.zeros_like(y, memory_format=torch.contiguous_format)
     grad_weight = poisoned(T, K, dtype=torch.float32)
-    tensors = dict(grad=grad, y=y, weight=weight, row=row, grad_y=grad_y, grad_weight=grad_weight)
-    strides = dict(stride_gt=grad.stride(0), stride_yn=y.stride(0))
+    tensors = {"grad": grad, "y": y, "weight": weight, "row": row}
+    sizes = {"T": T, "D": D, "K": K, "stride_gt": grad.stride(0), "stride_yn": y.stride(0)}
     call(
         "combine_backward",
         "CombineBackwardParams",
-        list(tensors.values()),
-        **(tensors | strides),
-        **dict(T=T, D=D, K=K, dtype=y.dtype),
+        {**tensors, "grad_y": grad_y, "grad_weight": grad_weight},
+        **sizes,
+        dtype=y.dtype,
     )
     return grad_y, grad_weight
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _combine_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Widths of every block size, the widest first; K unrolls."""
+    for D, K in ((4096, 2), (4096, 8), *((2**i, 2) for i in range(11)), (37, 3)):
+        T = 64
+        y, weight = _meta(T * K, D, dtype=dtype), _meta(T, K, dtype=torch.float32)
+        yield f"D{D}-K{K}", (y, weight, _meta(T, K, dtype=torch.int32))
+
+
+def _combine_backward_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, args in _combine_tiles(dtype):
+        yield label, (_meta(args[1].shape[0], args[0].shape[1], dtype=dtype), *args)
 
 
 def _combine_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -99,12 +120,15 @@ def _combine_backward_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any
 
 
 OPS: dict[str, OnGpu] = {
-    "combine": OnGpu("combine", _combine, combine_op.combine_reference, _combine_cases),
+    "combine": OnGpu(
+        "combine", _combine, combine_op.combine_reference, _combine_cases, _combine_tiles
+    ),
     "combine_backward": OnGpu(
         "combine",
         _combine_backward,
         combine_op.combine_backward_reference,
         _combine_backward_cases,
+        _combine_backward_tiles,
     ),
 }
 
@@ -116,14 +140,8 @@ def every_case() -> list[Any]:
         for dtype in op.dtypes:
             for case, _ in op.cases(dtype):
                 short = str(dtype).removeprefix("torch.")
-                found.append(pytest_param(name, dtype, case, f"{name}-{short}-{case}"))
+                found.append(pytest.param(name, dtype, case, id=f"{name}-{short}-{case}"))
     return found
-
-
-def pytest_param(name: str, dtype: torch.dtype, case: str, identity: str) -> Any:
-    import pytest
-
-    return pytest.param(name, dtype, case, id=identity)
 
 
 def arguments(name: str, dtype: torch.dtype, case: str) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Runs kernels compiled with AddressSanitizer: `python -m tests.gpu.sanitized FOLDER [shared|tensor]`
+"""Kernels compiled with AddressSanitizer: `python -m tests.gpu.sanitized FOLDER [shared|tensor]`
 runs every case, or one planted overflow of a shared array or of a tensor."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(folder: Path, planted: str | None) -> int:
         call = cuda_host.OnEmulator(cuda_host.compile_emulated(source, folder, flags=_FLAGS))
         out = torch.zeros(63 if planted == "tensor" else 64)
         rows = 4 if planted == "shared" else 0
-        call("entropy", "EntropyParams", [out], out=out, rows=rows, C=1)
+        call("entropy", "EntropyParams", {"out": out}, rows=rows, C=1)
         return 0
     libraries = {
         s.stem: cuda_host.compile_emulated(s, folder, flags=_FLAGS) for s in cuda_host.SOURCES

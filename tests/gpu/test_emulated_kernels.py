@@ -1,4 +1,4 @@
-"""The sources of csrc/cuda under g++ (csrc/emulate): right in every order of blocks and threads, and
+"""The sources of csrc/cuda under g++ (csrc/emulate): right in every order of blocks and threads,
 clean under AddressSanitizer. Small wrong kernels show that the emulator would notice."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _run_faulty(library: Path, mistake: int, order: str) -> torch.Tensor:
     out = poisoned(64, dtype=torch.float32)
     call = cuda_host.OnEmulator(library, order)
-    call("entropy", "EntropyParams", [out], out=out, rows=mistake, C=1)
+    call("entropy", "EntropyParams", {"out": out}, rows=mistake, C=1)
     return out
 
 
