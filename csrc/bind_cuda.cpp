@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "bind_combine.h"
+#include "bind_routing.h"
 #include "cuda/kernels.h"
 
 // CPU builds of torch lack this one symbol; weak, so that the library loads in them.
@@ -44,10 +45,25 @@ std::tuple<Tensor, Tensor> combine_backward(Tensor grad_TD, Tensor y_ND, Tensor 
   return {call.grad_y, call.grad_weight};
 }
 
+Tensor entropy(Tensor logits_BMC) {
+  const EntropyCall call = prepare_entropy(logits_BMC);
+  launch("entropy", call.logits, call.params, &cuda::entropy);
+  return call.out;
+}
+
+Tensor entropy_backward(Tensor grad_BM, Tensor logits_BMC) {
+  const EntropyBackwardCall call = prepare_entropy_backward(grad_BM, logits_BMC);
+  check_device("entropy_backward", "grad_BM", grad_BM, "logits_BMC", logits_BMC);
+  launch("entropy_backward", call.logits, call.params, &cuda::entropy_backward);
+  return call.grad_logits;
+}
+
 }  // namespace
 }  // namespace gose
 
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CUDA, m) {
   m.impl("combine", TORCH_BOX(&gose::combine));
   m.impl("combine_backward", TORCH_BOX(&gose::combine_backward));
+  m.impl("entropy", TORCH_BOX(&gose::entropy));
+  m.impl("entropy_backward", TORCH_BOX(&gose::entropy_backward));
 }

@@ -79,7 +79,9 @@ cudaError_t launch(void (*kernel)(Params), int64_t blocks_x, int64_t blocks_y, d
   (void)stream;
   return emulate::launch(kernel, blocks, threads, p);
 #else
+  // clang-format off: it takes the brackets of a launch apart here.
   kernel<<<blocks, threads, 0, stream>>>(p);
+  // clang-format on
   return cudaGetLastError();
 #endif
 }

@@ -3,10 +3,7 @@
 
 extern "C" {
 
-void gose_emulate_order(int order) {
-  gose::emulate::machine().order = gose::emulate::Order(order);
-}
+void gose_emulate_order(int order) { gose::emulate::machine().order = gose::emulate::Order(order); }
 
 const char* gose_emulate_error() { return gose::emulate::machine().error.c_str(); }
-
 }

@@ -1,7 +1,7 @@
 // Device code under g++: every CUDA thread of a block is a fiber, blocks run one after the other.
 //
-// A barrier is passed when every thread of the block has reached the same one; a warp primitive when
-// every lane that its mask names has. Anything else is an error that names what waits: see
+// A barrier is passed when every thread of the block has reached the same one; a warp primitive
+// when every lane that its mask names has. Anything else is an error that names what waits: see
 // gose_emulate_error(). Shared memory is new and poisoned for every block, and of exact size, so
 // that AddressSanitizer sees its bounds. Orders of blocks and threads: forward, reverse, random.
 // Not modelled: the memory model between threads that run at once, PTX, time.
@@ -119,8 +119,8 @@ inline void resume(unsigned thread) {
   Fiber& fiber = m.fibers[thread];
   m.current = thread;
   m.lane_index = thread % kWarpSize;
-  m.thread_index = dim3(thread % m.block.x, thread / m.block.x % m.block.y,
-                        thread / (m.block.x * m.block.y));
+  m.thread_index =
+      dim3(thread % m.block.x, thread / m.block.x % m.block.y, thread / (m.block.x * m.block.y));
 #if defined(__SANITIZE_ADDRESS__)
   void* mine = nullptr;
   __sanitizer_start_switch_fiber(&mine, fiber.stack.get(), kStackBytes);
@@ -153,8 +153,8 @@ inline bool release_warps() {
         // A lane that has returned, or that the block does not have, takes no part.
         if (first + lane >= count || m.fibers[first + lane].state == State::kDone) continue;
         const Fiber& other = m.fibers[first + lane];
-        complete = other.state == State::kWarp && other.mask == mask &&
-                   other.site == m.fibers[t].site;
+        complete =
+            other.state == State::kWarp && other.mask == mask && other.site == m.fibers[t].site;
       }
       if (!complete) continue;
       for (unsigned lane = 0; lane < kWarpSize && first + lane < count; ++lane) {
@@ -205,13 +205,14 @@ inline void run_block() {
     for (const Fiber& fiber : m.fibers) waits |= fiber.state != State::kDone;
     if (!waits) return;
     if (release_warps() || release_barrier() || ran) continue;
-    m.error = "block (" + std::to_string(m.block_index.x) + ", " +
-              std::to_string(m.block_index.y) + ") cannot go on:";
+    m.error = "block (" + std::to_string(m.block_index.x) + ", " + std::to_string(m.block_index.y) +
+              ") cannot go on:";
     for (unsigned t = 0; t < threads; ++t) {
       if (t > 0 && m.fibers[t].state == m.fibers[t - 1].state) continue;
       const State state = m.fibers[t].state;
       m.error += " thread " + std::to_string(t) +
-                 (state == State::kDone ? " has returned;" : std::string(" waits in ") + m.fibers[t].site + ";");
+                 (state == State::kDone ? " has returned;"
+                                        : std::string(" waits in ") + m.fibers[t].site + ";");
     }
     return;
   }

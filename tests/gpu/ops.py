@@ -13,8 +13,9 @@ from torch import Tensor
 
 import gose_kernels as gk
 from gose_kernels.ops import combine as combine_op
+from gose_kernels.ops import entropy as entropy_op
 from tests import cases
-from tests.checks import assert_close_to_truth
+from tests.checks import assert_close_within_ulps
 from tests.gpu.params import poisoned
 
 Outputs = tuple[Tensor, ...]
@@ -40,6 +41,7 @@ class OnGpu(NamedTuple):
     tiles: Callable[[torch.dtype], Iterator[tuple[str, tuple[Any, ...]]]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     exact: bool = False  # integers: equal, not close
+    ulps: int = 0  # allowed beside the error rule, of float32 elements
 
     def triton(self, name: str) -> Callable[..., Any]:
         module = importlib.import_module(f"gose_kernels.triton.{self.source}")
@@ -56,7 +58,7 @@ class OnGpu(NamedTuple):
             return
         truth = _tuple(self.reference(*(_double(a) for a in args)))
         for g, s, t in zip(_tuple(got), same, truth, strict=True):
-            assert_close_to_truth(g, s, t)
+            assert_close_within_ulps(g, s, t, self.ulps)
 
 
 def _tuple(outputs: Any) -> Outputs:
@@ -119,6 +121,55 @@ def _combine_backward_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any
         yield str(case), (case.draw(row.shape[0], y.shape[1]).to(dtype), y, weight, row)
 
 
+def _entropy(call: Call, logits: Tensor) -> Outputs:
+    logits = logits.contiguous()
+    out = poisoned(*logits.shape[:-1], dtype=torch.float32)
+    tensors = {"logits": logits, "out": out}
+    call(
+        "entropy",
+        "EntropyParams",
+        tensors,
+        rows=out.numel(),
+        C=logits.shape[-1],
+        dtype=logits.dtype,
+    )
+    return (out,)
+
+
+def _entropy_backward(call: Call, grad: Tensor, logits: Tensor) -> Outputs:
+    logits = logits.contiguous()
+    grad_logits = poisoned(*logits.shape, dtype=logits.dtype)
+    tensors = {"grad": grad, "logits": logits, "grad_logits": grad_logits}
+    sizes = {"rows": grad.numel(), "C": logits.shape[-1]}
+    call("entropy_backward", "EntropyBackwardParams", tensors, **sizes, dtype=logits.dtype)
+    return (grad_logits,)
+
+
+def _entropy_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for case in cases.entropy:
+        yield str(case), (case.build(dtype),)
+    broken = torch.zeros(3, 20, dtype=dtype)
+    broken[0, 3], broken[1, 7] = torch.nan, torch.inf
+    yield "nan-and-infinity", (broken,)
+
+
+def _entropy_backward_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    random = torch.Generator().manual_seed(5)
+    for label, (logits,) in _entropy_cases(dtype):
+        yield label, (torch.randn(logits.shape[:-1], generator=random), logits)
+
+
+def _entropy_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Every number of columns of a tile, long rows first."""
+    for C in (4096, *(2**i for i in range(11)), 37):
+        yield f"C{C}", (_meta(64, C, dtype=dtype),)
+
+
+def _entropy_backward_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, (logits,) in _entropy_tiles(dtype):
+        yield label, (_meta(64, dtype=torch.float32), logits)
+
+
 OPS: dict[str, OnGpu] = {
     "combine": OnGpu(
         "combine", _combine, combine_op.combine_reference, _combine_cases, _combine_tiles
@@ -129,6 +180,22 @@ OPS: dict[str, OnGpu] = {
         combine_op.combine_backward_reference,
         _combine_backward_cases,
         _combine_backward_tiles,
+    ),
+    "entropy": OnGpu(
+        "entropy",
+        _entropy,
+        entropy_op.entropy_reference,
+        _entropy_cases,
+        _entropy_tiles,
+        ulps=4,
+    ),
+    "entropy_backward": OnGpu(
+        "entropy",
+        _entropy_backward,
+        entropy_op.entropy_backward_reference,
+        _entropy_backward_cases,
+        _entropy_backward_tiles,
+        ulps=4,
     ),
 }
 
@@ -150,7 +217,10 @@ def arguments(name: str, dtype: torch.dtype, case: str) -> tuple[Any, ...]:
 
 def same_bits(a: Any, b: Any) -> bool:
     pairs = zip(_tuple(a), _tuple(b), strict=True)
-    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in pairs)
+    return all(
+        torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
+        for x, y in pairs
+    )
 
 
 assert set(OPS) <= set(gk.OPS)

@@ -181,6 +181,20 @@ def _exactly(f: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return through
 
 
+def directed(f: Callable[..., np.ndarray], mode: str) -> Callable[..., np.ndarray]:
+    """The operation rounded down (rm), up (rp) or to zero (rz) instead of to nearest: from its
+    float64 value, which is exact for products and for most sums of float32."""
+
+    def toward(*args: np.ndarray) -> np.ndarray:
+        exact = f(*(np.asarray(a, np.float64) for a in args))
+        near = exact.astype(args[0].dtype)
+        down = {"rm": near > exact, "rp": near < exact, "rz": np.abs(near) > np.abs(exact)}[mode]
+        to = {"rm": -np.inf, "rp": np.inf, "rz": 0.0}[mode]
+        return np.where(down, np.nextafter(near, near.dtype.type(to)), near)
+
+    return toward
+
+
 FLOAT: dict[str, Callable[..., Any]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -221,6 +235,12 @@ INTEGER: dict[str, Callable[..., Any]] = {
     "brev": reverse_bits,
     "bfind": highest_bit,
     "sad": lambda a, b, c: c + np.where(a < b, b - a, a - b).astype(c.dtype),
+}
+EXACT = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "fma": lambda a, b, c: a * b + c,
 }
 FLOPS = {"add": 1, "sub": 1, "mul": 1, "fma": 2, "mad": 2}
 
@@ -267,10 +287,10 @@ def convert(x: np.ndarray, source: str, target: str, words: tuple[str, ...]) -> 
             low = 0 if x.dtype.kind == "u" else max(int(span.min), int(np.iinfo(x.dtype).min))
             x = np.clip(x, low, min(int(span.max), int(np.iinfo(x.dtype).max)))
         return x.astype(to)
+    if "sat" in words:
+        x = np.clip(np.where(np.isnan(x), 0, x), 0, 1).astype(x.dtype)
     if from_float and to_float and source == target:
         return _rounded(x, words).astype(to)
-    if "sat" in words:
-        x = np.clip(np.where(np.isnan(x), 0, x), 0, 1)
     if target == "bf16":
         return bfloat16_of_float(x.astype(np.float32))
     if target == "tf32":

@@ -175,6 +175,9 @@ def _alu(i: Instruction, kernel: Kernel) -> Run:
             raise NotImplementedError(i.text)
         return lambda m: m.put(dst, function(*(r(m) for r in read)))
     function = arithmetic.FLOAT[name]
+    for mode in ("rm", "rp", "rz"):
+        if mode in words:
+            function = arithmetic.directed(arithmetic.EXACT[name], mode)
     if "NaN" in words:
         function = np.minimum if name == "min" else np.maximum
     if kind in ("f16x2", "bf16x2"):

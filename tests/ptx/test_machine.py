@@ -260,6 +260,10 @@ _FLOAT = {
     "div.rn.f32 %f3, %f1, 0f40400000;": lambda a, b: a / 3,
     "max.f32 %f3, %f1, %f2;": lambda a, b: b if a != a else a if b != b else max(a, b),
     "min.NaN.f32 %f3, %f1, %f2;": lambda a, b: math.nan if a != a or b != b else min(a, b),
+    # 1.5 * 2^23 + 1: what is added to round to an integer, here down.
+    "cvt.sat.f32.f32 %f4, %f1; fma.rm.f32 %f3, %f4, 0f437C0000, 0f4B400001;": lambda a, b: (
+        12582913.0 + math.floor(252 * (min(max(a, 0.0), 1.0) if a == a else 0.0))
+    ),
     "neg.f32 %f3, %f1;": lambda a, b: -a,
     "abs.f32 %f3, %f1;": lambda a, b: abs(a),
     "ex2.approx.f32 %f3, %f1;": lambda a, b: 2.0**a if not a > 200 else math.inf,
