@@ -80,7 +80,19 @@ def _combine_backward_reductions(backend: str, grad: Tensor, *args: Tensor) -> i
 
 # Additions that a kernel makes beyond its op's declared flops.
 REDUCTIONS: dict[str, Callable[..., int]] = {"combine_backward": _combine_backward_reductions}
-LAUNCHES: dict[str, int] = {}  # kernels of one call, where there are several
+# Kernels of one call, where there are several.
+LAUNCHES = {"dispatch": 3}
+
+
+def scratch_bytes(op: str, backend: str, *args: Any) -> int:
+    """At most so many bytes does a call move besides its inputs and outputs, each once: counts of
+    chunks, written, scanned and read again, and inputs that a later launch reads again."""
+    if op != "dispatch":
+        return 0
+    expert, E = args
+    chunk = 512 if backend == "cuda" else 256
+    counts = -(-expert.numel() // chunk) * (E + 1) * 4
+    return int(6 * counts + expert.numel() * expert.element_size() + 4 * 4 * (E + 1))
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,11 @@ class Work:
 
 
 def work(op: str, backend: str, *args: Any) -> Work:
-    """Bytes, flops and launches of a call of a GPU kernel, by closed forms."""
+    """Bytes, flops and launches of a call of a GPU kernel, by closed forms.
+
+    The flops of entropy are its declared ones: exponentials and rescaling come on top, and how
+    often a sum is rescaled depends on the data.
+    """
     cost = gk.OPS[op].cost_of(*args)
     extra = REDUCTIONS[op](backend, *args) if op in REDUCTIONS else 0
     return Work(cost.bytes, cost.flops + extra, LAUNCHES.get(op, 1))
@@ -117,10 +133,16 @@ def _combine(s: Shape) -> tuple[Any, ...]:
     return y, _meta(*slots, dtype=torch.float32), _meta(*slots, dtype=torch.int32)
 
 
-# An op's arguments at a shape; activations bfloat16.
+# An op's arguments at a shape; activations bfloat16, router logits float32.
 ARGUMENTS: dict[str, Callable[[Shape], tuple[Any, ...]]] = {
     "combine": _combine,
     "combine_backward": lambda s: (_meta(s.T, s.D), *_combine(s)),
+    "dispatch": lambda s: (_meta(s.T, s.K, dtype=torch.int32), s.E),
+    "entropy": lambda s: (_meta(s.T, s.E, dtype=torch.float32),),
+    "entropy_backward": lambda s: (
+        _meta(s.T, dtype=torch.float32),
+        _meta(s.T, s.E, dtype=torch.float32),
+    ),
 }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import gose_kernels as gk
 from gose_kernels.ops import combine as combine_op
+from gose_kernels.ops import dispatch as dispatch_op
 from gose_kernels.ops import entropy as entropy_op
 from tests import cases
 from tests.checks import assert_close_within_ulps
@@ -170,6 +171,29 @@ def _entropy_backward_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any
         yield label, (_meta(64, dtype=torch.float32), logits)
 
 
+def _dispatch(call: Call, expert: Tensor, E: int) -> Outputs:
+    (T, K), chunk = expert.shape, 512
+    expert = expert.to(torch.int32).contiguous()
+    outputs = [poisoned(*s, dtype=torch.int32) for s in ((T, K), (T * K,), (E + 1,))]
+    tensors = dict(zip(("row", "token", "offset"), outputs, strict=True))
+    scratch = poisoned(-(-T * K // chunk), E + 1, dtype=torch.int32)
+    tensors |= {"expert": expert, "scratch": scratch}
+    call("dispatch", "DispatchParams", tensors, T=T, K=K, E=E, chunk=chunk)
+    return tuple(outputs)
+
+
+def _dispatch_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for case in cases.dispatch:
+        if case.T * case.K < 1000:
+            yield str(case), case.build(dtype)
+    case = cases.DispatchCase(400, 3, 61, "unused")  # several chunks, experts past one tile
+    yield str(case), case.build(dtype)
+
+
+def _dispatch_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    yield "E128", (_meta(4096, 8, dtype=dtype), 128)
+
+
 OPS: dict[str, OnGpu] = {
     "combine": OnGpu(
         "combine", _combine, combine_op.combine_reference, _combine_cases, _combine_tiles
@@ -180,6 +204,15 @@ OPS: dict[str, OnGpu] = {
         combine_op.combine_backward_reference,
         _combine_backward_cases,
         _combine_backward_tiles,
+    ),
+    "dispatch": OnGpu(
+        "dispatch",
+        _dispatch,
+        dispatch_op.dispatch_reference,
+        _dispatch_cases,
+        _dispatch_tiles,
+        dtypes=(torch.int32, torch.int64),
+        exact=True,
     ),
     "entropy": OnGpu(
         "entropy",

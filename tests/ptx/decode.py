@@ -171,8 +171,10 @@ def _alu(i: Instruction, kernel: Kernel) -> Run:
     read = [_value(o, kind, kernel) for o in i.operands[1:]]
     if kind not in arithmetic.FLOATS:
         function = arithmetic.INTEGER[name]
-        if name == "bfind" and "shiftamt" in words:
-            raise NotImplementedError(i.text)
+        if name == "bfind" and "shiftamt" in words:  # how far to shift the bit to the top
+            position = function
+            top = np.uint32(8 * NUMPY[kind].itemsize - 1)
+            function = lambda a: np.where(position(a) > top, position(a), top - position(a))  # noqa: E731
         return lambda m: m.put(dst, function(*(r(m) for r in read)))
     function = arithmetic.FLOAT[name]
     for mode in ("rm", "rp", "rz"):

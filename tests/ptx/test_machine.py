@@ -137,6 +137,7 @@ _INTEGER = {
     "popc.b32 %r3, %r1;": lambda a, b: bin(a).count("1"),
     "clz.b32 %r3, %r1;": lambda a, b: 32 - a.bit_length(),
     "bfind.u32 %r3, %r1;": lambda a, b: a.bit_length() - 1,
+    "bfind.shiftamt.u32 %r3, %r1;": lambda a, b: 32 - a.bit_length() if a else -1,
     "brev.b32 %r3, %r1;": lambda a, b: int(f"{a:032b}"[::-1], 2),
     "bfe.u32 %r3, %r1, 5, 11;": lambda a, b: a >> 5 & 0x7FF,
     "bfe.s32 %r3, %r1, 8, 8;": lambda a, b: (a >> 8 & 0xFF) - (256 if a >> 15 & 1 else 0),
