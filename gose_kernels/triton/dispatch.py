@@ -50,6 +50,7 @@ def _dispatch_scan_kernel(
             count = tl.load(at, mask=e < E, other=0)
             tl.store(at, before, mask=e < E)
             before += count
+            at += E
         tl.store(offset_ptr + 1 + e, carry + tl.cumsum(before, axis=0), mask=e < E)
         carry += tl.sum(before, axis=0)
 
