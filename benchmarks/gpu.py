@@ -59,7 +59,7 @@ def _seconds(call: Callable[[], object], device: str, repeats: int) -> float:
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def measure(device: str, quick: bool) -> list[dict[str, Any]]:
@@ -106,15 +106,16 @@ def main(argv: list[str]) -> int:
         print("benchmarks gpu: no GPU is visible to torch; --device cpu is a dry run")
         return 2
     on_gpu = options.device == "cuda"
+    rows = measure(options.device, options.quick)
     result = {
         "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
         "dry_run": not on_gpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "rows": measure(options.device, options.quick),
+        "rows": rows,
     }
     partial = options.out.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(options.out)
-    print(f"{len(result['rows'])} rows in {options.out}")
+    print(f"{len(rows)} rows in {options.out}")
     return 0

@@ -45,8 +45,8 @@ def _dispatch_scan_kernel(
     for start in range(0, E, EXPERTS):
         e = start + tl.arange(0, EXPERTS)
         before = tl.zeros([EXPERTS], tl.int32)
-        for c in range(chunks):
-            at = count_ptr + c.to(tl.int64) * E + e
+        at = count_ptr + e
+        for _ in range(chunks):
             count = tl.load(at, mask=e < E, other=0)
             tl.store(at, before, mask=e < E)
             before += count
