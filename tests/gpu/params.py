@@ -29,6 +29,7 @@ _SCALARS = {
 def structs() -> dict[str, type[ctypes.Structure]]:
     """Struct name -> ctypes structure, of every struct in the header."""
     text = re.sub(r"//[^\n]*", "", (ROOT / "csrc" / "params.h").read_text())
+    text = re.sub(r"\s*=\s*[^,;]+(?=[,;])", "", text)  # initializers
     enums = re.findall(r"enum class (\w+) : int32_t", text)
     kinds: dict[str, Any] = {**_SCALARS, **dict.fromkeys(enums, ctypes.c_int32)}
     for name, body in re.findall(r"struct (\w+) \{(.*?)\};", text, flags=re.DOTALL):

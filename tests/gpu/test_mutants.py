@@ -80,7 +80,7 @@ def _killed(mutant: Mutant, source: Path, folder: Path) -> bool:
     return False
 
 
-@pytest.mark.matrix(keep=5)
+@pytest.mark.matrix(keep=3)
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
