@@ -68,6 +68,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) dispatch_place_kernel(const Dis
   int32_t* next = p.scratch + chunk * (p.E + 1);
   const int32_t used = p.offset[p.E];
   const unsigned lower = (1u << threadIdx.x) - 1;
+  // Not unrolled: ptxas would run out of the registers that hold where a warp meets again.
+#pragma unroll 1
   for (int64_t first = chunk * p.chunk; first < min(N, (chunk + 1) * p.chunk); first += kWarp) {
     const int64_t n = first + threadIdx.x;
     const int e = n < N ? p.expert[n] : int(p.E);

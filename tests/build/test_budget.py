@@ -66,4 +66,6 @@ def test_vector_kernels_move_16_bytes(wanted: budget.Table) -> None:
             assert report["spills"] == 0
             wide = key.startswith("triton") or any(n in name for n in (", 4>", ", 8>"))
             if wide and "dispatch" not in name:
-                assert (report["load_bits"], report["store_bits"]) == (128, 128), (key, name)
+                assert report["load_bits"] == 128, (key, name)
+                if not name.startswith("entropy_kernel"):  # which stores a number a row
+                    assert report["store_bits"] == 128, (key, name)
