@@ -3,6 +3,10 @@
 # `make test`  environment, lint, types, build checks, all tests (long matrices sampled)
 # `make test-all`  the same with every matrix whole
 
+# `make gpu`   on a machine with a GPU, with a python that has torch, triton, numpy and pytest: the
+#              kernels against their references, memory checks where there is compute-sanitizer,
+#              times beside predictions in benchmarks/results/gpu.json (GPU_PYTHON names the python)
+
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +22,7 @@ CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.c
 # Tests run on two workers with one thread each; thread counts are tested by tests that set them.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: run test test-all lint clean
+.PHONY: run test test-all gpu lint clean
 
 run: $(VENV)/.run
 	if [ -e $(RUN)/environment.json ]; then $(BIN)/gose run --resume $(RUN); \
@@ -39,6 +43,16 @@ define tests
 	$(PYTEST) -m bench --benchmark-disable tests/bench
 	$(PYTEST) $(1) -n 2 tests
 endef
+
+GPU_PYTHON ?= python3
+DEVICE_TESTS = -m pytest -q -c tests/gpu/device.ini tests/gpu/test_device.py -m gpu --device cuda
+
+gpu:
+	$(GPU_PYTHON) $(DEVICE_TESTS)
+	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
+	compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) $(DEVICE_TESTS) -k float32 \
+	|| exit 1; done; fi
+	$(GPU_PYTHON) -m benchmarks gpu --device cuda
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

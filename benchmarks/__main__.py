@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`: runs the benchmark in benchmarks/NAME.py."""
+"""`python -m benchmarks NAME [options]`: runs benchmarks/NAME.py; a dash for an underscore."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import benchmarks
 def main(argv: list[str]) -> int:
     """Exit code of the named benchmark; 2 for a name that is not one."""
     names = sorted(
-        module.name
+        module.name.replace("_", "-")
         for module in pkgutil.iter_modules(benchmarks.__path__)
         if not module.name.startswith("_")
     )
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
         given = repr(argv[0]) if argv else "none"
         print(f"benchmarks: wants one of {', '.join(names)}, got {given}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"benchmarks.{argv[0]}")
+    module = importlib.import_module(f"benchmarks.{argv[0].replace('-', '_')}")
     return int(module.main(argv[1:]))
 
 

@@ -140,7 +140,7 @@ inline Tensor checked_ids(const Tensor& expert_TK, int64_t num_experts) {
   return narrow;
 }
 
-inline Tensor checked_experts(const Tensor& expert_TK, int64_t num_experts) {
+inline void check_dispatch(const Tensor& expert_TK, int64_t num_experts) {
   check_dim("dispatch", "expert_TK", expert_TK, 2);
   const ScalarType type = expert_TK.scalar_type();
   if (type != ScalarType::Int && type != ScalarType::Long) {
@@ -150,8 +150,12 @@ inline Tensor checked_experts(const Tensor& expert_TK, int64_t num_experts) {
   if (expert_TK.numel() >= int64_t{1} << 31) {
     refuse("dispatch: expert_TK must have fewer than 2**31 slots, got ", expert_TK.numel());
   }
-  return type == ScalarType::Int ? checked_ids<int32_t>(expert_TK, num_experts)
-                                 : checked_ids<int64_t>(expert_TK, num_experts);
+}
+
+inline Tensor checked_experts(const Tensor& expert_TK, int64_t num_experts) {
+  check_dispatch(expert_TK, num_experts);
+  return expert_TK.scalar_type() == ScalarType::Int ? checked_ids<int32_t>(expert_TK, num_experts)
+                                                    : checked_ids<int64_t>(expert_TK, num_experts);
 }
 
 struct DispatchCall {

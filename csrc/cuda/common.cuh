@@ -52,6 +52,14 @@ bool fits_vectors(const void* base, int64_t stride, int64_t width) {
          width % kWidest<Float> == 0;
 }
 
+// An array in the shared memory of the block, of a size known to the compiler.
+#if defined(GOSE_EMULATE)
+#define GOSE_SHARED(Type, name, count) \
+  Type* name = emulate::shared_array<Type>(__FILE__, __LINE__, count)
+#else
+#define GOSE_SHARED(Type, name, count) __shared__ Type name[count]
+#endif
+
 // The sum over a whole warp, the same bits in every lane and every run.
 __device__ inline float warp_sum(float x) {
 #pragma unroll
@@ -66,8 +74,16 @@ template <typename Params>
 cudaError_t launch(void (*kernel)(Params), int64_t blocks_x, int64_t blocks_y, dim3 threads,
                    cudaStream_t stream, const Params& p) {
   if (blocks_x > INT_MAX || blocks_y > USHRT_MAX) return cudaErrorInvalidConfiguration;
-  kernel<<<dim3(unsigned(blocks_x), unsigned(blocks_y)), threads, 0, stream>>>(p);
+  const dim3 blocks(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
+#if defined(GOSE_EMULATE)
+  (void)stream;
+  return emulate::launch(kernel, blocks, threads, p);
+#else
+  // clang-format off: it takes the brackets of a launch apart here.
+  kernel<<<blocks, threads, 0, stream>>>(p);
+  // clang-format on
   return cudaGetLastError();
+#endif
 }
 
 }  // namespace gose::cuda

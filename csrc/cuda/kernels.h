@@ -10,5 +10,8 @@ namespace gose::cuda {
 
 cudaError_t combine(const CombineParams& p, cudaStream_t stream);
 cudaError_t combine_backward(const CombineBackwardParams& p, cudaStream_t stream);
+cudaError_t dispatch(const DispatchParams& p, cudaStream_t stream);
+cudaError_t entropy(const EntropyParams& p, cudaStream_t stream);
+cudaError_t entropy_backward(const EntropyBackwardParams& p, cudaStream_t stream);
 
 }  // namespace gose::cuda

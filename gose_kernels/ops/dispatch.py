@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, int32
 
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 
 def _check(expert_TK: Tensor, num_experts: int) -> None:
@@ -76,6 +76,8 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
 
 dispatch = register(
     "dispatch(Tensor expert_TK, int num_experts, *, str? backend=None) -> (Tensor, Tensor, Tensor)",
+    native("cuda", "dispatch"),
+    triton("dispatch", "dispatch", check=_check),
     native("cpu", "dispatch"),
     reference(dispatch_reference),
     fake=_fake,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, bfloat16, float16, float32
 
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 
 def _check(name: str, logits_BMC: Tensor) -> None:
@@ -33,6 +33,10 @@ def _check(name: str, logits_BMC: Tensor) -> None:
         )
     if not logits_BMC.is_floating_point():
         raise ValueError(f"{name}: logits_BMC must be floating point, got {logits_BMC.dtype}")
+
+
+def _check_forward(logits_BMC: Tensor) -> None:
+    _check("entropy", logits_BMC)
 
 
 def _check_backward(grad_BM: Tensor, logits_BMC: Tensor) -> None:
@@ -66,7 +70,7 @@ def _moments(logits_BMC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor
 
 
 def entropy_reference(logits_BMC: Tensor) -> Tensor:
-    _check("entropy", logits_BMC)
+    _check_forward(logits_BMC)
     *_, nats, log_n = _moments(logits_BMC)
     return torch.where(log_n > 0, nats / log_n, 0 * nats).clamp(0, 1).squeeze(-1)
 
@@ -81,7 +85,7 @@ def entropy_backward_reference(grad_BM: Tensor, logits_BMC: Tensor) -> Tensor:
 
 
 def _fake(logits_BMC: Tensor, *, backend: str | None = None) -> Tensor:
-    _check("entropy", logits_BMC)
+    _check_forward(logits_BMC)
     return logits_BMC.new_empty(
         logits_BMC.shape[:-1], dtype=torch.promote_types(logits_BMC.dtype, float32)
     )
@@ -127,6 +131,8 @@ def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor,
 
 entropy = register(
     "entropy(Tensor logits_BMC, *, str? backend=None) -> Tensor",
+    native("cuda", "entropy", float32, bfloat16, float16),
+    triton("entropy", "entropy", float32, bfloat16, float16, check=_check_forward),
     native("cpu", "entropy", float32, bfloat16, float16),
     reference(entropy_reference),
     fake=_fake,
@@ -138,6 +144,8 @@ entropy = register(
 
 entropy_backward = register(
     "entropy_backward(Tensor grad_BM, Tensor logits_BMC, *, str? backend=None) -> Tensor",
+    native("cuda", "entropy_backward", float32, bfloat16, float16),
+    triton("entropy", "entropy_backward", float32, bfloat16, float16, check=_check_backward),
     native("cpu", "entropy_backward", float32, bfloat16, float16),
     reference(entropy_backward_reference),
     fake=_backward_fake,

@@ -1,4 +1,4 @@
-"""combine and its backward on a GPU: one program per token and column block, or per slot.
+"""combine and its backward on a GPU: one program per token and column block, or per token.
 
 Letters: T tokens, K experts per token, N rows, D width. The contract is in ops/combine.py.
 """
@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_THREADS_PER_WARP = 64 if torch.version.hip else 32
-_BYTES_PER_LOAD = 16  # widest load of one thread
+from gose_kernels.triton import BYTES_PER_LOAD, threads_per_warp
+
 _MAX_THREADS = 128
+_MAX_TILE = 4096  # elements of a tile of several rows: 32 float32 sums a thread
 
 
 @triton.jit
@@ -40,38 +41,44 @@ def _combine_kernel(
 
 @triton.jit
 def _combine_backward_kernel(
-    grad_ptr,  # [T, D] gradient of out
+    grad_ptr,  # [T, D] gradient of out, read once
     y_ptr,  # [N, D]
     weight_ptr,  # [T, K] float32
     row_ptr,  # [T, K] int32, every row of y in one slot at most
-    grad_y_ptr,  # [N, D] zeros; each used row is written by the program of its slot
+    grad_y_ptr,  # [N, D] zeros; each used row is written by the program of its token
     grad_weight_ptr,  # [T, K] float32, written once
     stride_gt,
     stride_yn,
     D,
     K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64)
-    t = n // K
-    row = tl.load(row_ptr + n).to(tl.int64)  # -1: unused slot, nothing is loaded or stored
-    weight = tl.load(weight_ptr + n)
-    acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+    t = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    slot_k = t * K + offs_k
+    row_k = tl.load(row_ptr + slot_k, mask=offs_k < K, other=-1).to(tl.int64)  # -1: unused slot
+    weight_k = tl.load(weight_ptr + slot_k, mask=offs_k < K, other=0.0)
+    acc = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     for start in range(0, D, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
-        used_d = (offs_d < D) & (row >= 0)
-        grad = tl.load(grad_ptr + t * stride_gt + offs_d, mask=used_d, other=0.0).to(tl.float32)
-        y = tl.load(y_ptr + row * stride_yn + offs_d, mask=used_d, other=0.0).to(tl.float32)
-        acc += grad * y
-        grad_y = (weight * grad).to(grad_y_ptr.dtype.element_ty)
-        tl.store(grad_y_ptr + row * D + offs_d, grad_y, mask=used_d)
-    tl.store(grad_weight_ptr + n, tl.sum(acc, axis=0))
+        grad = tl.load(grad_ptr + t * stride_gt + offs_d, mask=offs_d < D, other=0.0)
+        grad = grad.to(tl.float32)[None, :]
+        used = (row_k >= 0)[:, None] & (offs_d < D)[None, :]
+        y = tl.load(y_ptr + (row_k * stride_yn)[:, None] + offs_d[None, :], mask=used, other=0.0)
+        acc += grad * y.to(tl.float32)
+        # An unused slot may hold any weight; nothing of it is stored.
+        grad_y = (weight_k[:, None] * grad).to(grad_y_ptr.dtype.element_ty)
+        tl.store(grad_y_ptr + (row_k * D)[:, None] + offs_d[None, :], grad_y, mask=used)
+    # grad is infinite or NaN where it likes: an unused slot's gradient is 0, not 0 * grad.
+    grad_weight_k = tl.where(row_k >= 0, tl.sum(acc, axis=1), 0.0)
+    tl.store(grad_weight_ptr + slot_k, grad_weight_k, mask=offs_k < K)
 
 
-def _block(D: int, item_bytes: int, threads_per_warp: int = _THREADS_PER_WARP) -> tuple[int, int]:
+def _block(D: int, item_bytes: int) -> tuple[int, int]:
     """Columns of one program and its warps: one widest load a thread, never wider than D needs."""
-    block_d = min(triton.next_power_of_2(D), _MAX_THREADS * _BYTES_PER_LOAD // item_bytes)
-    return block_d, max(1, block_d * item_bytes // (_BYTES_PER_LOAD * threads_per_warp))
+    block_d = min(triton.next_power_of_2(D), _MAX_THREADS * BYTES_PER_LOAD // item_bytes)
+    return block_d, max(1, block_d * item_bytes // (BYTES_PER_LOAD * threads_per_warp()))
 
 
 def _unit_columns(x: Tensor) -> Tensor:
@@ -113,9 +120,15 @@ def combine_backward(
         return grad_y_ND, grad_weight_TK
     grad_TD, y_ND = _unit_columns(grad_TD), _unit_columns(y_ND)
     weight_TK, row_TK = weight_TK.contiguous(), row_TK.contiguous()
-    block_d, num_warps = _block(max(D, 1), y_ND.element_size())
+    block_k = triton.next_power_of_2(K)
+    # Few rows of a wide tile, or many of a narrow one: 16 bytes a thread and row.
+    block_d, _ = _block(max(D, 1), y_ND.element_size())
+    block_d = max(1, min(block_d, _MAX_TILE // block_k))
+    num_warps = max(
+        1, min(4, block_k * block_d * y_ND.element_size() // (BYTES_PER_LOAD * threads_per_warp()))
+    )
     with torch.cuda.device_of(y_ND):
-        _combine_backward_kernel[(T * K,)](
+        _combine_backward_kernel[(T,)](
             grad_TD,
             y_ND,
             weight_TK,
@@ -126,6 +139,7 @@ def combine_backward(
             y_ND.stride(0),
             D,
             K,
+            block_k,
             block_d,
             num_warps=num_warps,
             enable_fp_fusion=True,

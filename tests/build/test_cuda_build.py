@@ -10,41 +10,19 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 import gose_kernels as gk
+from tests.build.conftest import ARCHITECTURES
+from tests.build.reports import cuobjdump
+from tests.gpu.cuda_host import SOURCES, run_launcher
 
 ROOT = Path(gk.__file__).parent.parent
 LIBRARY = Path(gk.__file__).parent / "libgose_kernels.so"
-ARCHITECTURES = ("80", "90a", "100a")
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 OPS = [op for op in gk.OPS if op.removesuffix("_backward") in {s.stem for s in SOURCES}]
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, str]]:
-    """Every CUDA source, warnings as errors: its own library and the assembler's report."""
-    if (nvcc := shutil.which("nvcc")) is None:
-        pytest.skip("nvcc is not installed")
-    folder = tmp_path_factory.mktemp("cuda")
-    results = {}
-    for source in SOURCES:
-        library = folder / f"{source.stem}.so"
-        command = [
-            *(nvcc, "-std=c++20", "-O3", "-shared", "--cudart", "static", f"-I{ROOT / 'csrc'}"),
-            *("-Werror", "all-warnings", "-Xcompiler", "-fPIC,-Wall,-Wextra,-Werror"),
-            *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES),
-            *("-gencode=arch=compute_90,code=compute_90", "-Xptxas", "-v"),
-            *("-o", str(library), str(source)),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout + done.stderr
-        results[source.stem] = (library, done.stdout + done.stderr)
-    return results
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
@@ -67,22 +45,6 @@ def test_kernels_spill_nothing(compiled: dict[str, tuple[Path, str]], source: Pa
         assert int(registers) <= 64, f"{name} on sm_{arch}: {registers} registers"
 
 
-class CombineParams(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("y", "weight", "row", "out")),
-        *((name, ctypes.c_int64) for name in ("T", "D", "K", "stride_yn")),
-        ("dtype", ctypes.c_int32),
-    ]
-
-
-class CombineBackwardParams(ctypes.Structure):
-    _fields_ = [
-        *((n, ctypes.c_void_p) for n in ("grad", "y", "weight", "row", "grad_y", "grad_weight")),
-        *((name, ctypes.c_int64) for name in ("T", "D", "K", "stride_gt", "stride_yn")),
-        ("dtype", ctypes.c_int32),
-    ]
-
-
 _SUCCESS, _INVALID_VALUE, _INVALID_CONFIGURATION = 0, 1, 9
 _FLOAT32, _FLOAT64 = 0, 3
 
@@ -102,10 +64,8 @@ def test_combine_launches_nothing_wrong(
     compiled: dict[str, tuple[Path, str]], sizes: dict[str, int], dtype: int, wanted: int
 ) -> None:
     """Empty grids, dtypes without a kernel and grids past CUDA's limits end before a launch."""
-    launcher = ctypes.CDLL(str(compiled["combine"][0]))[
-        "_ZN4gose4cuda7combineERKNS_13CombineParamsEP11CUstream_st"
-    ]
-    assert launcher(ctypes.byref(CombineParams(dtype=dtype, **sizes)), None) == wanted
+    library = ctypes.CDLL(str(compiled["combine"][0]))
+    assert run_launcher(library, "combine", "CombineParams", dtype=dtype, **sizes) == wanted
 
 
 @pytest.mark.parametrize(
@@ -121,10 +81,9 @@ def test_combine_launches_nothing_wrong(
 def test_combine_backward_launches_nothing_wrong(
     compiled: dict[str, tuple[Path, str]], sizes: dict[str, int], dtype: int, wanted: int
 ) -> None:
-    launcher = ctypes.CDLL(str(compiled["combine"][0]))[
-        "_ZN4gose4cuda16combine_backwardERKNS_21CombineBackwardParamsEP11CUstream_st"
-    ]
-    assert launcher(ctypes.byref(CombineBackwardParams(dtype=dtype, **sizes)), None) == wanted
+    library = ctypes.CDLL(str(compiled["combine"][0]))
+    got = run_launcher(library, "combine_backward", "CombineBackwardParams", dtype=dtype, **sizes)
+    assert got == wanted
 
 
 @pytest.fixture
@@ -134,15 +93,6 @@ def cuda_library() -> Path:
         assert shutil.which("nvcc") is None or os.environ.get("GOSE_CUDA") == "0", reason
         pytest.skip(reason)
     return LIBRARY
-
-
-def _cuobjdump(*args: str) -> str:
-    """Output of the tool that Triton's package brings along."""
-    spec = find_spec("triton")
-    assert spec is not None
-    assert spec.origin is not None
-    tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -163,7 +113,7 @@ def test_library_has_code_for_every_architecture(cuda_library: Path) -> None:
     wanted = {f"sm_{a}" for a in ARCHITECTURES}
     if entries := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         wanted = {f"sm_{e.removesuffix('+PTX').replace('.', '')}" for e in entries.split(";")}
-    listed = _cuobjdump("--list-elf", "--list-ptx", str(cuda_library))
+    listed = cuobjdump("--list-elf", "--list-ptx", str(cuda_library))
     assert set(re.findall(r"\.(sm_\w+)\.cubin", listed)) == wanted
     if not entries:
         assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == {"sm_90"}
@@ -171,7 +121,7 @@ def test_library_has_code_for_every_architecture(cuda_library: Path) -> None:
 
 def test_vector_kernels_move_16_bytes(compiled: dict[str, tuple[Path, str]]) -> None:
     """Rows that are aligned are read and written in words of 16 bytes, four rows in flight."""
-    assembly = _cuobjdump("-sass", str(compiled["combine"][0]))
+    assembly = cuobjdump("-sass", str(compiled["combine"][0]))
     kernels = re.split(r"\n\s*Function : ", assembly)[1:]
     seen = 0
     for kernel in kernels:

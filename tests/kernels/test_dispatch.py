@@ -53,8 +53,10 @@ def test_dispatch_fills_buckets_in_order(backend, case, dtype):
 
 @pytest.mark.parametrize("backend", backends_of("dispatch"))
 def test_every_plan_of_a_small_size(backend):
+    # Triton's interpreter takes 60 ms a plan: a thirteenth of them, all over the range.
+    step = 13 if backend == "triton" else 1
     for T, K, E in ((3, 2, 2), (2, 2, 3), (4, 1, 3)):
-        for ids in itertools.product(range(E + 1), repeat=T * K):
+        for ids in itertools.islice(itertools.product(range(E + 1), repeat=T * K), 0, None, step):
             expert_TK = torch.tensor(ids, dtype=torch.int32).view(T, K)
             assert_plan(gk.dispatch(expert_TK, E, backend=backend), oracle(expert_TK, E))
 
@@ -75,7 +77,7 @@ def test_rows_and_tokens_are_inverse(backend, T, K, E, seed):
     assert torch.equal(offset_E1.diff(), load_E.to(torch.int32))
 
 
-@pytest.mark.parametrize("backend", backends_of("dispatch"))
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_the_same_plan_for_any_number_of_threads(backend):
     expert_TK = torch.randint(0, 41, (30000, 4), generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
@@ -106,6 +108,8 @@ def test_refusals(backend):
         gk.dispatch(ids.to(torch.uint8), 3, backend=backend)
     with pytest.raises(ValueError, match=r"num_experts must be at least 0, got -1"):
         gk.dispatch(ids, -1, backend=backend)
+    if backend not in ("cpu", "torch"):  # GPUs trust the values: a check would sync
+        return
     for wrong in (4, -1):
         ids[1, 0] = wrong
         with pytest.raises(

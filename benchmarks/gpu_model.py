@@ -1,0 +1,180 @@
+"""What the GPU kernels should take by a roofline: predicted, not measured.
+
+    seconds = launches * LAUNCH_SECONDS + max(bytes / (BANDWIDTH_SHARE * bandwidth), flops / peak)
+
+bytes: every input read once and every output written once (the op's declared cost; the tests assert
+that it is what the compiled kernels move). flops: of float32 units, reductions included. Data-sheet
+peaks; the shares are assumptions until a GPU calibrates them. Caches, latency and the last wave of
+blocks are left out.
+
+    python -m benchmarks gpu-model [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import gose_kernels as gk
+
+LAUNCH_SECONDS = 2.5e-6
+BANDWIDTH_SHARE = 0.85
+WARP = 32
+
+
+class Device(NamedTuple):
+    bandwidth: float  # bytes a second of device memory
+    float32: float  # flops a second of the vector units
+
+
+# Data sheets: A100 80 GB SXM, H100 SXM, B200 SXM, MI300X.
+DEVICES = {
+    "A100": Device(2.039e12, 19.5e12),
+    "H100": Device(3.35e12, 67e12),
+    "B200": Device(8.0e12, 80e12),
+    "MI300": Device(5.3e12, 163.4e12),
+}
+
+
+class Shape(NamedTuple):
+    """A layer of a known model at T tokens."""
+
+    T: int
+    E: int
+    K: int
+    D: int
+
+
+# T tokens of: OLMoE, Qwen3-30B-A3B, Mixtral at half width.
+MODELS = {"olmoe": (64, 8, 2048), "qwen3": (128, 8, 2048), "mixs": (8, 2, 1024)}
+SHAPES = {f"{m} T={T}": Shape(T, *sizes) for m, sizes in MODELS.items() for T in (1, 256, 4096)}
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _row_sums(rows: int, columns: int, threads: int, item_bytes: int) -> int:
+    """Additions of Triton's sums over the rows of a tile: in a thread, then by halves."""
+    vector = min(16 // item_bytes, rows * columns // threads)
+    row_threads = min(threads, columns // vector)
+    steps = columns // row_threads - 1 + (row_threads - 1).bit_length()
+    return rows * row_threads * steps
+
+
+def _combine_backward_reductions(backend: str, grad: Tensor, *args: Tensor) -> int:
+    (T, K), D, item = args[2].shape, grad.shape[1], grad.element_size()
+    if backend == "cuda":
+        return T * K * WARP * 5  # the shuffles of one warp a slot
+    rows = _power_of_two(K)
+    columns = min(_power_of_two(D), 128 * 16 // item, 4096 // rows)
+    warps = max(1, min(4, rows * columns * item // (16 * WARP)))
+    return T * _row_sums(rows, columns, warps * WARP, item)
+
+
+# Additions that a kernel makes beyond its op's declared flops.
+REDUCTIONS: dict[str, Callable[..., int]] = {"combine_backward": _combine_backward_reductions}
+# Kernels of one call, where there are several.
+LAUNCHES = {"dispatch": 3}
+
+
+def scratch_bytes(op: str, backend: str, *args: Any) -> int:
+    """At most so many bytes does a call move besides its inputs and outputs, each once: counts of
+    chunks, written, scanned and read again, and inputs that a later launch reads again."""
+    if op != "dispatch":
+        return 0
+    expert, E = args
+    chunk = 512 if backend == "cuda" else 256
+    counts = -(-expert.numel() // chunk) * (E + 1) * 4
+    return int(6 * counts + expert.numel() * expert.element_size() + 4 * 4 * (E + 1))
+
+
+@dataclass(frozen=True)
+class Work:
+    bytes: int
+    flops: int
+    launches: int
+
+
+def work(op: str, backend: str, *args: Any) -> Work:
+    """Bytes, flops and launches of a call of a GPU kernel, by closed forms.
+
+    The flops of entropy are its declared ones: exponentials and rescaling come on top, and how
+    often a sum is rescaled depends on the data.
+    """
+    cost = gk.OPS[op].cost_of(*args)
+    extra = REDUCTIONS[op](backend, *args) if op in REDUCTIONS else 0
+    return Work(cost.bytes, cost.flops + extra, LAUNCHES.get(op, 1))
+
+
+def predicted_seconds(work: Work, device: Device) -> tuple[float, str]:
+    """Seconds and what bounds them: "memory", "compute" or "launch"."""
+    memory = work.bytes / (BANDWIDTH_SHARE * device.bandwidth)
+    compute = work.flops / device.float32
+    launch = work.launches * LAUNCH_SECONDS
+    body = max(memory, compute)
+    bound = "launch" if launch > body else "memory" if memory >= compute else "compute"
+    return launch + body, bound
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _combine(s: Shape) -> tuple[Any, ...]:
+    slots = (s.T, s.K)
+    y = _meta(s.T * s.K, s.D)
+    return y, _meta(*slots, dtype=torch.float32), _meta(*slots, dtype=torch.int32)
+
+
+# An op's arguments at a shape; activations bfloat16, router logits float32.
+ARGUMENTS: dict[str, Callable[[Shape], tuple[Any, ...]]] = {
+    "combine": _combine,
+    "combine_backward": lambda s: (_meta(s.T, s.D), *_combine(s)),
+    "dispatch": lambda s: (_meta(s.T, s.K, dtype=torch.int32), s.E),
+    "entropy": lambda s: (_meta(s.T, s.E, dtype=torch.float32),),
+    "entropy_backward": lambda s: (
+        _meta(s.T, dtype=torch.float32),
+        _meta(s.T, s.E, dtype=torch.float32),
+    ),
+}
+
+
+def predictions() -> Iterator[dict[str, Any]]:
+    for op, arguments in ARGUMENTS.items():
+        for label, shape in SHAPES.items():
+            done = work(op, "cuda", *arguments(shape))
+            for name, device in DEVICES.items():
+                seconds, bound = predicted_seconds(done, device)
+                yield {
+                    "op": op,
+                    "shape": label,
+                    "device": name,
+                    **asdict(done),
+                    "predicted_microseconds": round(1e6 * seconds, 2),
+                    "bound": bound,
+                }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-model")
+    parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
+    options = parser.parse_args(argv)
+    rows = list(predictions())
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print("us by roofline: predicted, not measured (bound by m memory, c compute, l launch)")
+    print(f"{'op':<18}{'shape':<15}{'MB':>9}" + "".join(f"{d:>11}" for d in DEVICES))
+    for start in range(0, len(rows), len(DEVICES)):
+        first = rows[start]
+        times = rows[start : start + len(DEVICES)]
+        cells = "".join(f"{r['predicted_microseconds']:>9.2f} {r['bound'][0]}" for r in times)
+        print(f"{first['op']:<18}{first['shape']:<15}{first['bytes'] / 1e6:>9.3f}{cells}")
+    return 0

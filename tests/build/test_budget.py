@@ -1,0 +1,71 @@
+"""Compiled kernels against budget.json: registers, spills, shared memory, occupancy, the width of
+their accesses, the instructions they are made of. `python -m tests.build.budget` writes it anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.build import budget
+from tests.gpu import triton_host
+
+
+@pytest.fixture(scope="module")
+def wanted() -> budget.Table:
+    table: budget.Table = json.loads(budget.PATH.read_text())
+    return table
+
+
+def assert_within(now: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert now.keys() == wanted.keys(), "run python -m tests.build.budget"
+    found = {k: words for k in now if (words := budget.worse(now[k], wanted[k]))}
+    assert not found, "\n".join(f"{k}: {', '.join(v)}" for k, v in found.items())
+
+
+def test_cuda_kernels_keep_their_budget(
+    compiled: dict[str, tuple[Path, str]], wanted: budget.Table
+) -> None:
+    for arch, kernels in budget.cuda({s: lib for s, (lib, _) in compiled.items()}).items():
+        assert_within(kernels, wanted[arch])
+
+
+@pytest.mark.parametrize("target", triton_host.TARGETS)
+def test_triton_kernels_keep_their_budget(
+    target: str, wanted: budget.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    key = f"triton {target}"
+    assert_within(budget.triton(target, tmp_path)[key], wanted[key])
+
+
+def test_a_worse_kernel_is_found(wanted: budget.Table) -> None:
+    """Each fact of a report, made worse alone."""
+    good = wanted["cuda sm_80"]["combine_kernel<float, 4>"]
+    assert budget.worse(good, good) == []
+    for change, words in (
+        ({"registers": good["registers"] + 1}, "registers"),
+        ({"spills": 8}, "8 bytes of spills"),
+        ({"shared": 16}, "shared 16 > 0"),
+        ({"warps": good["warps"] - 4}, "warps"),
+        ({"load_bits": 32}, "load_bits 32 < 128"),
+        ({"store_bits": 64}, "store_bits 64 < 128"),
+        ({"opcodes": ["RED"]}, "now RED"),
+    ):
+        assert any(words in text for text in budget.worse({**good, **change}, good)), change
+    backward = wanted["cuda sm_80"]["combine_backward_kernel<float, 4>"]
+    assert budget.worse({**backward, "opcodes": []}, backward) == ["no more SHFL"]
+
+
+def test_vector_kernels_move_16_bytes(wanted: budget.Table) -> None:
+    """The budget itself: the wide kernels of every architecture are wide, and nothing spills."""
+    for key, kernels in wanted.items():
+        for name, report in kernels.items():
+            assert report["spills"] == 0
+            wide = key.startswith("triton") or any(n in name for n in (", 4>", ", 8>"))
+            if wide and "dispatch" not in name:
+                assert report["load_bits"] == 128, (key, name)
+                if not name.startswith("entropy_kernel"):  # which stores a number a row
+                    assert report["store_bits"] == 128, (key, name)

@@ -1,0 +1,2 @@
+"""The GPU kernels without a GPU: their PTX in the machine of tests/ptx, their sources under g++
+(csrc/emulate), their compiler reports against tests/gpu/budget.json."""
