@@ -145,6 +145,11 @@ class PackedExperts(nn.Module):
                 f"run; undo the swap first (restore() of what replace_moe_layers returned)"
             )
         check(self._module[0], hidden_states, top_k_index, top_k_weights, self.dtype)
+        if hidden_states.shape[1] != self.width:
+            raise ValueError(
+                f"gose experts: hidden_states must be of width D = {self.width}, "
+                f"got {hidden_states.shape[1]}"
+            )
         weight_TK = top_k_weights.to(torch.promote_types(self.dtype, torch.float32))
         bias_up, bias_down = getattr(self, f"{self.up_name}_bias"), self.down_proj_bias
         out_TD: Tensor = expert_mlp_packed(

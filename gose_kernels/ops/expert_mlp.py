@@ -521,7 +521,9 @@ def _native(call: MlpCall, keep: bool) -> tuple[Tensor, Tensor]:
     """out_TD and, if kept, pre_NH. The kernel checks what it reads; what it cannot see, and a call
     that it refuses, is checked here in the op's own words."""
     masked = call.frozen_E is not None or call.frozen_EF is not None
-    if masked or call.w_up_EHD.dtype != call.x_TD.dtype:
+    # Packed weights of close widths have equal sizes: the kernel cannot tell them apart.
+    width = call.w_up_EHD.shape[1 if call.transposed else -1]
+    if masked or call.w_up_EHD.dtype != call.x_TD.dtype or width != call.x_TD.shape[-1]:
         check(call)
     trained = keep and (call.w_up_EHD.requires_grad or call.w_down_EDF.requires_grad)
     options = (call.limit, call.alpha, keep)

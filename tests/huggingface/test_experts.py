@@ -192,8 +192,12 @@ def test_bad_calls_say_what_to_do() -> None:
         ((x_TD[:, :30], index, weight), "width D = 32"),
     ]
     for arguments, message in wrong:
-        with pytest.raises(ValueError, match=r"gose experts of MixtralExperts: .*" + message):
-            experts_forward(module, *arguments)
+        for training in (True, False):
+            with (
+                torch.set_grad_enabled(training),
+                pytest.raises(ValueError, match=r"gose experts of MixtralExperts: .*" + message),
+            ):
+                experts_forward(module, *arguments)
     module._is_expert_parallel = True
     experts_forward(module, x_TD, index + 3, weight)
     del module.is_transposed

@@ -625,3 +625,15 @@ def test_backward_refusals(backend: str) -> None:
         backward(*args, torch.zeros(6, 12), torch.zeros(5), backend=backend)
     with pytest.raises(ValueError, match=r"grad_TD must be torch\.float32 as x_TD, got"):
         backward(*args, torch.zeros(6, 12), torch.zeros(3, 5).half(), backend=backend)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_width_that_packs_to_the_same_size_is_refused(transposed: bool) -> None:
+    """30 and 32 columns fill the same panels; the first, right call keeps the packed weights."""
+    x_TD, weight_TK = torch.randn(5, 32), torch.rand(5, 2)
+    expert_TK = torch.zeros(5, 2, dtype=torch.int32)
+    up, down = torch.randn(3, 96, 32), torch.randn(3, 32, 48)
+    weights = (up.mT.contiguous(), down.mT.contiguous()) if transposed else (up, down)
+    gk.expert_mlp(x_TD, weight_TK, expert_TK, *weights, transposed=transposed)
+    with pytest.raises(ValueError, match="x_TD must be of width D = 32"):
+        gk.expert_mlp(x_TD[:, :30], weight_TK, expert_TK, *weights, transposed=transposed)
