@@ -5,7 +5,9 @@ import pytest
 from benchmarks import masked_update as bench
 
 
-@pytest.mark.parametrize("way", [w for w in bench.WAYS if not w.approximate], ids=str)
+@pytest.mark.parametrize(
+    "way", [w for w in bench.WAYS if not w.approximate], ids=lambda way: f"{way.name}, {way.mask}"
+)
 def test_every_way_makes_torchs_step_and_keeps_what_it_says(way):
     bench.check(way)
     if not way.keeps:
