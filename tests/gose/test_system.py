@@ -121,7 +121,7 @@ def test_learning_and_routing_do_something(finished):
         "combine",
         "dequantize_add_",
         "dispatch",
-        "distill_loss",
+        "distill_loss_train",
         "entropy",
         "grouped_gemm",
         "masked_adam_",
