@@ -244,6 +244,7 @@ combine = [
     CombineCase("no_column", T=3, K=2, D=0),
     CombineCase("odd_sizes", T=37, K=3, D=37),
     CombineCase("block_and_tail", T=5, K=2, D=252),
+    CombineCase("many_rows", T=70, K=3, D=5),  # ids beyond 8 bits
     CombineCase("wide", T=3, K=8, D=1031),
     CombineCase("strided_rows", T=19, K=2, D=64, row_stride=3),
     CombineCase("half_unused", T=23, K=4, D=80, unused=0.5),
