@@ -107,8 +107,10 @@ struct MlpOptions {
   void check_then(const char* op, const Tensor& x,
                   std::initializer_list<const std::optional<Tensor>*> weights) const {
     if (then == nullptr) return;
-    bool same = double(int32_t(float_dtype(op, "x", x))) == then[0];
-    WeightsThen of = {then + 1};
+    // Packed weights of close widths have equal sizes.
+    bool same = double(int32_t(float_dtype(op, "x_TD", x))) == then[0] && x.dim() == 2 &&
+                double(x.size(1)) == then[1];
+    WeightsThen of = {then + 2};
     for (const std::optional<Tensor>* w : weights) same = same && (!*w || of.still(**w));
     if (!same) refuse(op, ": the weights changed");
   }

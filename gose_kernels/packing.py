@@ -140,10 +140,10 @@ def repeat_call(
         return None
 
 
-def numbers_then(dtype: torch.dtype, weights: Sequence[Tensor]) -> Tensor:
-    """What a repeated call must find again (csrc/bind_mlp.h): the dtype of x, where and in which
-    layout each of the weights lies. float64 holds addresses exactly."""
-    numbers: list[float] = [DTYPES.index(dtype)]
+def numbers_then(x_TD: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """What a repeated call must find again (csrc/bind_mlp.h): dtype and width of x, where and in
+    which layout each of the weights lies. float64 holds addresses exactly."""
+    numbers: list[float] = [DTYPES.index(x_TD.dtype), x_TD.shape[1]]
     for w in weights:
         numbers += [w.data_ptr(), w.dim(), *w.shape, *w.stride()]
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")

@@ -601,7 +601,7 @@ def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
     call, weights = MlpCall(*args, **options), args[3:5]
     packed = packed_of(call)
     assert packed is not None
-    numbers = torch.cat([numbers_of(call), numbers_then(args[0].dtype, weights)])
+    numbers = torch.cat([numbers_of(call), numbers_then(call.x_TD, weights)])
     run = partial(torch.ops.gose_native.expert_mlp.default._op, numbers, packed.packed_EB)
     learn_call("expert_mlp", weights, options, run, (packed,))
 

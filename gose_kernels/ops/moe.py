@@ -167,7 +167,7 @@ def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
         return
     numbers, of_route, copies = _packed(MoeCall(*args), options)
     weights = _weights(args)
-    then = torch.cat([numbers, numbers_then(args[0].dtype, weights)])
+    then = torch.cat([numbers, numbers_then(args[0], weights)])
     learn_call("moe", weights, options, _kernel(then, of_route, copies), tuple(copies))
 
 
