@@ -121,6 +121,15 @@ def test_calls_go_with_their_weights(op: str, backend: str) -> None:
     assert packing.packed_bytes() == 0
 
 
+def test_calls_go_with_views_of_their_weights(op: str, backend: str) -> None:
+    """Another tensor may get the id of one that is gone."""
+    packing.forget_packed()
+    args = _arguments(op)
+    _outputs(op, [a.detach() if isinstance(a, Tensor) else a for a in args])
+    assert not packing._calls
+    assert packing.packed_bytes() > 0
+
+
 def test_forgotten_copies_are_made_again(op: str, backend: str) -> None:
     args = _arguments(op)
     _outputs(op, args)
