@@ -101,7 +101,10 @@ def test_other_calls_of_the_same_weights(op: str, backend: str) -> None:
     _assert_right(op, args)
     with torch.no_grad(), pytest.raises(ValueError, match="expert_mlp: w_up_EHD must be"):
         gk.OPS[op](args[0].bfloat16(), *args[1:], activation="silu")
-    with torch.no_grad(), pytest.raises(ValueError, match="x_TD must be of width|w_router_ED must"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"x_TD must be of width|w_router_ED must"),
+    ):
         gk.OPS[op](args[0][:, :7], *args[1:], activation="silu")
     with torch.no_grad():
         relu = gk.OPS[op](*args, activation="relu")
