@@ -9,6 +9,7 @@
 #include "bind_low_rank.h"
 #include "bind_masked.h"
 #include "bind_mlp.h"
+#include "bind_moe.h"
 #include "bind_quantize.h"
 #include "bind_route.h"
 #include "bind_routing.h"
@@ -199,49 +200,109 @@ void pack_matrix(Tensor packed_EB, Tensor w_EFD, int64_t at, bool gated, bool in
   cpu::kernels().pack(params, kTorchThreads);
 }
 
-std::tuple<Tensor, Tensor> expert_mlp(Tensor x_TD, Tensor weight_TK, Tensor expert_TK,
-                                      Tensor packed_EB, int64_t hidden,
-                                      std::optional<Tensor> bias_up_EH,
-                                      std::optional<Tensor> bias_down_ED, std::string activation,
-                                      bool interleaved, std::optional<double> limit, double alpha,
-                                      bool keep_pre) {
-  const char* op = "expert_mlp";
-  check_dim(op, "packed_EB", packed_EB, 2);
-  const MlpCall call(op, x_TD, weight_TK, expert_TK, packed_EB.size(0), hidden,
-                     {activation, interleaved, limit, alpha});
-  return run_expert_mlp(call, {&packed_EB, nullptr, nullptr, false}, bias_up_EH, bias_down_ED,
-                        interleaved, keep_pre, torch::stable::get_num_threads(), kTorchThreads);
+// Frozen weights matter to a backward alone, but only a caller that checks a call may pass them.
+MlpOptions mlp_options(const char* op, const Tensor& options, const Tensor& x_TD,
+                       std::initializer_list<const std::optional<Tensor>*> weights,
+                       const std::optional<Tensor>& frozen_E,
+                       const std::optional<Tensor>& frozen_EF) {
+  const MlpOptions numbers(op, options);
+  numbers.check_then(op, x_TD, weights);
+  if (numbers.then != nullptr && (frozen_E || frozen_EF)) refuse(op, ": frozen weights unchecked");
+  return numbers;
 }
 
-std::tuple<Tensor, Tensor> expert_mlp_raw(
-    Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, Tensor w_down_EDF,
-    std::optional<Tensor> bias_up_EH, std::optional<Tensor> bias_down_ED, std::string activation,
-    bool interleaved, bool transposed, std::optional<double> limit, double alpha, bool keep_pre) {
+HandedOver expert_mlp(Tensor options, Tensor packed_EB, Tensor x_TD, Tensor weight_TK,
+                      Tensor expert_TK, std::optional<Tensor> w_up_EHD,
+                      std::optional<Tensor> w_down_EDF, std::optional<Tensor> bias_up_EH,
+                      std::optional<Tensor> bias_down_ED, std::optional<Tensor> frozen_E,
+                      std::optional<Tensor> frozen_EF) {
+  const char* op = "expert_mlp";
+  const MlpOptions numbers =
+      mlp_options(op, options, x_TD, {&w_up_EHD, &w_down_EDF}, frozen_E, frozen_EF);
+  check_dim(op, "packed_EB", packed_EB, 2);
+  MlpCall call(op, x_TD, packed_EB.size(0), numbers);
+  call.route(op, weight_TK, expert_TK);
+  return run_expert_mlp(call, {&packed_EB, nullptr, nullptr, false}, bias_up_EH, bias_down_ED,
+                        false, torch::stable::get_num_threads(), kTorchThreads)
+      .first.hand_over();
+}
+
+std::tuple<HandedOver, HandedOver> expert_mlp_train(Tensor options, Tensor packed_EB, Tensor x_TD,
+                                                    Tensor weight_TK, Tensor expert_TK,
+                                                    std::optional<Tensor> bias_up_EH,
+                                                    std::optional<Tensor> bias_down_ED) {
+  const char* op = "expert_mlp";
+  check_dim(op, "packed_EB", packed_EB, 2);
+  MlpCall call(op, x_TD, packed_EB.size(0), MlpOptions(op, options));
+  call.route(op, weight_TK, expert_TK);
+  auto [out, pre] =
+      run_expert_mlp(call, {&packed_EB, nullptr, nullptr, false}, bias_up_EH, bias_down_ED, true,
+                     torch::stable::get_num_threads(), kTorchThreads);
+  return {out.hand_over(), pre->hand_over()};
+}
+
+std::tuple<HandedOver, HandedOver> expert_mlp_train_raw(Tensor options, Tensor w_up_EHD,
+                                                        Tensor w_down_EDF, bool transposed,
+                                                        Tensor x_TD, Tensor weight_TK,
+                                                        Tensor expert_TK,
+                                                        std::optional<Tensor> bias_up_EH,
+                                                        std::optional<Tensor> bias_down_ED) {
   const char* op = "expert_mlp";
   check_dim(op, "w_down_EDF", w_down_EDF, 3);
-  const MlpCall call(op, x_TD, weight_TK, expert_TK, w_down_EDF.size(0),
-                     w_down_EDF.size(transposed ? 1 : 2), {activation, interleaved, limit, alpha});
-  return run_expert_mlp(call, {nullptr, &w_up_EHD, &w_down_EDF, transposed}, bias_up_EH,
-                        bias_down_ED, interleaved, keep_pre, torch::stable::get_num_threads(),
-                        kTorchThreads);
+  MlpCall call(op, x_TD, w_down_EDF.size(0), MlpOptions(op, options));
+  call.route(op, weight_TK, expert_TK);
+  auto [out, pre] =
+      run_expert_mlp(call, {nullptr, &w_up_EHD, &w_down_EDF, transposed}, bias_up_EH, bias_down_ED,
+                     true, torch::stable::get_num_threads(), kTorchThreads);
+  return {out.hand_over(), pre->hand_over()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
-    Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, Tensor w_down_EDF,
-    std::optional<Tensor> bias_down_ED, std::optional<Tensor> frozen_E,
-    std::optional<Tensor> frozen_EF, Tensor pre_NH, Tensor grad_TD, std::optional<Tensor> grad_up,
-    std::optional<Tensor> grad_down, std::string activation, bool interleaved, bool transposed,
-    std::optional<double> limit, double alpha, bool need_x, bool need_weight, bool need_bias_up,
-    bool need_bias_down) {
+    Tensor options, Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD,
+    Tensor w_down_EDF, bool transposed, std::optional<Tensor> bias_down_ED,
+    std::optional<Tensor> frozen_E, std::optional<Tensor> frozen_EF, Tensor pre_NH, Tensor grad_TD,
+    std::optional<Tensor> grad_up, std::optional<Tensor> grad_down, bool need_x, bool need_weight,
+    bool need_bias_up, bool need_bias_down) {
   const char* op = "expert_mlp_backward";
   check_dim(op, "w_down_EDF", w_down_EDF, 3);
-  const MlpCall call(op, x_TD, weight_TK, expert_TK, w_down_EDF.size(0),
-                     w_down_EDF.size(transposed ? 1 : 2), {activation, interleaved, limit, alpha});
+  MlpCall call(op, x_TD, w_down_EDF.size(0), MlpOptions(op, options));
+  call.route(op, weight_TK, expert_TK);
   const MlpGradients wanted = {grad_up,     grad_down,    need_x,
                                need_weight, need_bias_up, need_bias_down};
   return run_expert_mlp_backward(call, w_up_EHD, w_down_EDF, transposed, bias_down_ED, frozen_E,
-                                 frozen_EF, pre_NH, grad_TD, wanted, interleaved,
+                                 frozen_EF, pre_NH, grad_TD, wanted,
                                  torch::stable::get_num_threads(), kTorchThreads);
+}
+
+std::tuple<HandedOver, HandedOver, HandedOver, HandedOver, HandedOver, HandedOver, HandedOver> moe(
+    Tensor options, Tensor route_options, Tensor packed_EB, std::optional<Tensor> packed_router_1B,
+    Tensor x_TD, std::optional<Tensor> w_up_EHD, std::optional<Tensor> w_down_EDF, int64_t top_k,
+    std::optional<Tensor> w_router_ED, std::optional<Tensor> logits_TE,
+    std::optional<Tensor> bias_up_EH, std::optional<Tensor> bias_down_ED,
+    std::optional<Tensor> frozen_E, std::optional<Tensor> frozen_EF,
+    std::optional<Tensor> entropy_TE, std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E,
+    std::optional<Tensor> noise_TE) {
+  const MlpOptions numbers = mlp_options(
+      "moe", options, x_TD, {&w_up_EHD, &w_down_EDF, &w_router_ED}, frozen_E, frozen_EF);
+  const int64_t num_threads = torch::stable::get_num_threads();
+  check_dim("moe", "packed_EB", packed_EB, 2);
+  MlpCall call("moe", x_TD, packed_EB.size(0), numbers);
+  const Tensor score_TE =
+      scores_of(call, {packed_router_1B, logits_TE}, num_threads, kTorchThreads);
+  RouteCall routing = prepare_route(score_TE, top_k, {entropy_TE, entropy_E, bias_E, noise_TE},
+                                    RouteOptions(route_options));
+  cpu::kernels().route(routing.params, kTorchThreads);
+  call.K = top_k, call.weights = routing.params.weight, call.experts = routing.params.expert;
+  NewTensor out = run_expert_mlp(call, {&packed_EB, nullptr, nullptr, false}, bias_up_EH,
+                                 bias_down_ED, false, num_threads, kTorchThreads)
+                      .first;
+  return {out.hand_over(),
+          routing.weight.hand_over(),
+          routing.expert.hand_over(),
+          routing.entropy.hand_over(),
+          routing.load.hand_over(),
+          routing.importance.hand_over(),
+          routing.loss.hand_over()};
 }
 
 Tensor grouped_gemm(Tensor x_ND, Tensor packed_EB, Tensor offset_E1, std::optional<Tensor> bias_EF,
@@ -521,24 +582,32 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
       "pack_matrix(Tensor(a!) packed_EB, Tensor w_EFD, int at, bool gated, bool interleaved, "
       "bool transposed) -> ()");
   m.def(
-      "expert_mlp(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor packed_EB, int hidden, "
-      "Tensor? bias_up_EH, Tensor? bias_down_ED, str activation, bool interleaved, "
-      "float? limit, float alpha, bool keep_pre) -> (Tensor, Tensor)");
+      "expert_mlp(Tensor options, Tensor packed_EB, Tensor x_TD, Tensor weight_TK, "
+      "Tensor expert_TK, Tensor? w_up_EHD=None, Tensor? w_down_EDF=None, Tensor? bias_up_EH=None, "
+      "Tensor? bias_down_ED=None, Tensor? frozen_E=None, Tensor? frozen_EF=None) -> Tensor");
+  m.def(
+      "expert_mlp_train(Tensor options, Tensor packed_EB, Tensor x_TD, Tensor weight_TK, "
+      "Tensor expert_TK, Tensor? bias_up_EH, Tensor? bias_down_ED) -> (Tensor, Tensor)");
+  m.def(
+      "moe(Tensor options, Tensor route_options, Tensor packed_EB, Tensor? packed_router_1B, "
+      "Tensor x_TD, Tensor? w_up_EHD, Tensor? w_down_EDF, int top_k, Tensor? w_router_ED=None, "
+      "Tensor? logits_TE=None, Tensor? bias_up_EH=None, Tensor? bias_down_ED=None, "
+      "Tensor? frozen_E=None, Tensor? frozen_EF=None, Tensor? entropy_TE=None, "
+      "Tensor? entropy_E=None, Tensor? bias_E=None, Tensor? noise_TE=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "grouped_gemm(Tensor x_ND, Tensor packed_EB, Tensor offset_E1, Tensor? bias_EF, int hidden) "
       "-> Tensor");
   m.def(
-      "expert_mlp_raw(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, "
-      "Tensor w_down_EDF, Tensor? bias_up_EH, Tensor? bias_down_ED, str activation, "
-      "bool interleaved, bool transposed, float? limit, float alpha, bool keep_pre) "
+      "expert_mlp_train_raw(Tensor options, Tensor w_up_EHD, Tensor w_down_EDF, bool transposed, "
+      "Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor? bias_up_EH, Tensor? bias_down_ED) "
       "-> (Tensor, Tensor)");
   m.def(
-      "expert_mlp_backward(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, "
-      "Tensor w_down_EDF, Tensor? bias_down_ED, Tensor? frozen_E, Tensor? frozen_EF, "
-      "Tensor pre_NH, Tensor grad_TD, Tensor(a!)? grad_up, Tensor(b!)? grad_down, str activation, "
-      "bool interleaved, bool transposed, float? limit, float alpha, bool need_x, "
-      "bool need_weight, bool need_bias_up, bool need_bias_down) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "expert_mlp_backward(Tensor options, Tensor x_TD, Tensor weight_TK, Tensor expert_TK, "
+      "Tensor w_up_EHD, Tensor w_down_EDF, bool transposed, Tensor? bias_down_ED, "
+      "Tensor? frozen_E, Tensor? frozen_EF, Tensor pre_NH, Tensor grad_TD, "
+      "Tensor(a!)? grad_up, Tensor(b!)? grad_down, bool need_x, bool need_weight, "
+      "bool need_bias_up, bool need_bias_down) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "grouped_gemm_raw(Tensor x_ND, Tensor w_EFD, Tensor offset_E1, Tensor? bias_EF, "
       "bool transposed) -> Tensor");
@@ -573,7 +642,9 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
   m.impl("pack_matrix", TORCH_BOX(&gose::pack_matrix));
   m.impl("expert_mlp", TORCH_BOX(&gose::expert_mlp));
-  m.impl("expert_mlp_raw", TORCH_BOX(&gose::expert_mlp_raw));
+  m.impl("expert_mlp_train", TORCH_BOX(&gose::expert_mlp_train));
+  m.impl("expert_mlp_train_raw", TORCH_BOX(&gose::expert_mlp_train_raw));
+  m.impl("moe", TORCH_BOX(&gose::moe));
   m.impl("expert_mlp_backward", TORCH_BOX(&gose::expert_mlp_backward));
   m.impl("grouped_gemm", TORCH_BOX(&gose::grouped_gemm));
   m.impl("grouped_gemm_raw", TORCH_BOX(&gose::grouped_gemm_raw));

@@ -4,10 +4,10 @@
 // read that is not there, with fewer words.
 #pragma once
 
-#include <limits>
+#include <initializer_list>
 #include <optional>
-#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bind.h"
@@ -63,29 +63,58 @@ inline PackParams raw_params(const Tensor& w, bool transposed, bool gated, bool 
           .dtype = dtype};
 }
 
-// ops/activations.py in the kernel's terms.
-struct ActivationOf {
-  Phi phi;
-  bool gated;
-  float shift = 0.f, limit = std::numeric_limits<float>::infinity();
+// What the weights of a call were when their packed copy was made.
+struct WeightsThen {
+  const double* numbers;  // of every tensor: data pointer, dimensions, sizes, strides
+
+  bool still(const Tensor& w) {
+    const int64_t dims = w.dim();
+    bool same = double(uintptr_t(w.const_data_ptr())) == numbers[0] && double(dims) == numbers[1];
+    for (int64_t i = 0; same && i < dims; ++i) {
+      same = double(w.size(i)) == numbers[2 + i] && double(w.stride(i)) == numbers[2 + dims + i];
+    }
+    numbers += 2 + 2 * dims;
+    return same;
+  }
 };
 
-inline ActivationOf activation_of(const char* op, const std::string& name) {
-  static const struct {
-    const char* name;
-    ActivationOf activation;
-  } kTable[] = {
-      {"swiglu", {Phi::kSilu, true}}, {"swiglu_oai", {Phi::kSilu, true, 1.f, 7.f}},
-      {"geglu", {Phi::kGelu, true}},  {"geglu_tanh", {Phi::kGeluTanh, true}},
-      {"reglu", {Phi::kRelu, true}},  {"silu", {Phi::kSilu, false}},
-      {"gelu", {Phi::kGelu, false}},  {"gelu_tanh", {Phi::kGeluTanh, false}},
-      {"relu", {Phi::kRelu, false}},  {"relu2", {Phi::kRelu2, false}},
-  };
-  for (const auto& row : kTable) {
-    if (name == row.name) return row.activation;
+// What mlp_numbers in gose_kernels/ops/expert_mlp.py makes of the options, checked there: one
+// tensor, kept from call to call. After them, for a call that is like an earlier one, the dtype of
+// x and the weights of that one.
+struct MlpOptions {
+  Phi phi;
+  bool gated, interleaved;
+  float limit, alpha, shift;
+  int64_t hidden;
+  const double* then;  // or null
+
+  MlpOptions(const char* op, const Tensor& packed) {
+    constexpr int64_t kNumbers = 7;
+    const int64_t count = packed.numel();
+    if (packed.scalar_type() != ScalarType::Double || count < kNumbers || !packed.is_contiguous()) {
+      refuse(op, ": options must be the tensor that gose_kernels.ops.expert_mlp makes of them");
+    }
+    const double* x = static_cast<const double*>(packed.const_data_ptr());
+    phi = Phi(int32_t(x[0])), gated = x[1] != 0, interleaved = x[2] != 0;
+    limit = float(x[3]), alpha = float(x[4]), shift = float(x[5]);
+    hidden = int64_t(x[6]);
+    then = count > kNumbers ? x + kNumbers : nullptr;
   }
-  refuse(op, ": no activation named ", name);
-}
+
+  int64_t pre_columns() const { return gated ? 2 * hidden : hidden; }
+
+  // Whether a copy that was packed of these weights, for x of this dtype, is still theirs.
+  void check_then(const char* op, const Tensor& x,
+                  std::initializer_list<const std::optional<Tensor>*> weights) const {
+    if (then == nullptr) return;
+    // Packed weights of close widths have equal sizes.
+    bool same = double(int32_t(float_dtype(op, "x_TD", x))) == then[0] && x.dim() == 2 &&
+                double(x.size(1)) == then[1];
+    WeightsThen of = {then + 2};
+    for (const std::optional<Tensor>* w : weights) same = same && (!*w || of.still(**w));
+    if (!same) refuse(op, ": the weights changed");
+  }
+};
 
 inline Bias bias_of(const char* op, const char* name, const std::optional<Tensor>& bias, int64_t E,
                     int64_t columns, const Tensor& x) {
@@ -97,50 +126,40 @@ inline Bias bias_of(const char* op, const char* name, const std::optional<Tensor
   return {bias->const_data_ptr(), bias->stride(0), bias->stride(1)};
 }
 
-// Rows [begin, begin + count); torch's narrow takes no const tensor, and a copy shares the data.
-inline Tensor rows_of(Tensor t, int64_t begin, int64_t count) {
-  return torch::stable::narrow(t, 0, begin, count);
-}
-
 // Tokens of one pass: scratch for more would exceed this.
 constexpr int64_t kMostScratch = int64_t{256} << 20;
-
-struct MlpOptions {
-  std::string activation;
-  bool interleaved;
-  std::optional<double> limit;
-  double alpha;
-};
 
 // What forward and backward of a call share, checked.
 struct MlpCall {
   DType dtype;
-  int64_t T, D, K, E, F, H;
-  ActivationOf activation;
-  float limit, alpha;
-  Tensor x, weight, expert;
+  int64_t T, D, K = 0, E, F, H;
+  MlpOptions options;
+  Tensor x;
+  std::optional<Tensor> weight, expert;  // of a caller; of a layer they are its own
+  const float* weights = nullptr;        // [T, K]
+  const int32_t* experts = nullptr;
 
-  MlpCall(const char* op, const Tensor& x_TD, const Tensor& weight_TK, const Tensor& expert_TK,
-          int64_t num_experts, int64_t hidden, const MlpOptions& options)
-      : dtype(float_dtype(op, "x_TD", x_TD)),
-        E(num_experts),
-        F(hidden),
-        activation(activation_of(op, options.activation)) {
+  MlpCall(const char* op, const Tensor& x_TD, int64_t num_experts, const MlpOptions& options)
+      : dtype(float_dtype(op, "x_TD", x_TD)), E(num_experts), F(options.hidden), options(options) {
     check_dim(op, "x_TD", x_TD, 2);
+    if (F < 0) refuse(op, ": hidden must be at least 0, got ", F);
+    if (!(options.limit > 0)) refuse(op, ": limit must be above 0, got ", options.limit);
+    T = x_TD.size(0), D = x_TD.size(1), H = options.gated ? 2 * F : F;
+    x = rows_contiguous(x_TD);
+  }
+
+  void route(const char* op, const Tensor& weight_TK, const Tensor& expert_TK) {
     check_dim(op, "weight_TK", weight_TK, 2);
     check_dim(op, "expert_TK", expert_TK, 2);
     check_dtype(op, "weight_TK", weight_TK, ScalarType::Float);
-    T = x_TD.size(0), D = x_TD.size(1), K = weight_TK.size(1);
+    K = weight_TK.size(1);
     if (weight_TK.size(0) != T || expert_TK.size(0) != T || expert_TK.size(1) != K) {
       refuse(op, ": weight_TK and expert_TK must have shape [T=", T, ", K], got ",
              shape_of(weight_TK), " and ", shape_of(expert_TK));
     }
-    if (F < 0) refuse(op, ": hidden must be at least 0, got ", F);
-    H = activation.gated ? 2 * F : F;
-    limit = options.limit ? float(*options.limit) : activation.limit;
-    if (!(limit > 0)) refuse(op, ": limit must be above 0, got ", limit);
-    alpha = options.activation == "swiglu_oai" ? float(options.alpha) : 1.f;
-    x = rows_contiguous(x_TD), weight = dense(weight_TK), expert = checked_experts(expert_TK, E);
+    weight = dense(weight_TK), expert = checked_experts(expert_TK, E);
+    weights = static_cast<const float*>(weight->const_data_ptr());
+    experts = static_cast<const int32_t*>(expert->const_data_ptr());
   }
 
   // w_up_EHD and w_down_EDF, or w_up_EDH and w_down_EFD (transposed).
@@ -163,13 +182,13 @@ struct MlpPlan {
   PlanMemory plan;
 
   MlpPlan(const MlpCall& call, int64_t begin, int64_t tokens, const cpu::Parallel& threads)
-      : memory((2 * tokens * call.K + call.E + 1) * int64_t(sizeof(int32_t))) {
+      : memory((2 * tokens * call.K + call.E + 1 + plan_counts(tokens * call.K, call.E)) *
+               int64_t(sizeof(int32_t))) {
     const int64_t slots = tokens * call.K;
     int32_t* row = reinterpret_cast<int32_t*>(memory.data());
-    plan = {row, row + slots, row + 2 * slots, {}};
-    const int32_t* ids = static_cast<const int32_t*>(call.expert.const_data_ptr());
-    cpu::kernels().dispatch(plan_params(ids + begin * call.K, tokens, call.K, call.E, plan),
-                            threads);
+    plan = {row, row + slots, row + 2 * slots, row + 2 * slots + call.E + 1};
+    const int32_t* ids = call.experts + begin * call.K;
+    cpu::kernels().dispatch(plan_params(ids, tokens, call.K, call.E, plan), threads);
   }
 };
 
@@ -198,19 +217,21 @@ struct MlpWeights {
   bool transposed;
 };
 
-// out_TD, and pre_NH or an empty tensor.
-inline std::tuple<Tensor, Tensor> run_expert_mlp(const MlpCall& call, const MlpWeights& weights,
-                                                 const std::optional<Tensor>& bias_up_EH,
-                                                 const std::optional<Tensor>& bias_down_ED,
-                                                 bool interleaved, bool keep_pre,
-                                                 int64_t num_threads,
-                                                 const cpu::Parallel& threads) {
+// out_TD, and pre_NH where it is wanted.
+inline std::pair<NewTensor, std::optional<NewTensor>> run_expert_mlp(
+    const MlpCall& call, const MlpWeights& weights, const std::optional<Tensor>& bias_up_EH,
+    const std::optional<Tensor>& bias_down_ED, bool keep_pre, int64_t num_threads,
+    const cpu::Parallel& threads) {
   const char* op = "expert_mlp";
+  const MlpOptions& options = call.options;
   const int64_t size = size_of(call.dtype),
-                up_bytes = panel_bytes(call.H, call.D, call.activation.gated, call.dtype);
-  Tensor out = torch::stable::new_empty(call.x, {call.T, call.D});
-  Tensor pre = torch::stable::new_empty(call.x, {keep_pre ? call.T * call.K : 0, call.H});
-  void* kept = keep_pre ? pre.mutable_data_ptr() : nullptr;
+                up_bytes = panel_bytes(call.H, call.D, options.gated, call.dtype);
+  NewTensor out({call.T, call.D}, call.x.scalar_type());
+  std::optional<NewTensor> pre;
+  if (keep_pre) {
+    pre.emplace(std::initializer_list<int64_t>{call.T * call.K, call.H}, call.x.scalar_type());
+  }
+  void* kept = pre ? pre->data() : nullptr;
   ExpertMlpParams params = {
       .weight = nullptr,
       .up = nullptr,
@@ -226,15 +247,16 @@ inline std::tuple<Tensor, Tensor> run_expert_mlp(const MlpCall& call, const MlpW
       .stride_packed = 0,
       .threads = num_threads,
       .cache = cpu::cache_bytes(),
-      .gated = call.activation.gated,
-      .interleaved = interleaved,
-      .phi = call.activation.phi,
-      .limit = call.limit,
-      .alpha = call.alpha,
-      .shift = call.activation.shift,
+      .gated = options.gated,
+      .interleaved = options.interleaved,
+      .phi = options.phi,
+      .limit = options.limit,
+      .alpha = options.alpha,
+      .shift = options.shift,
       .dtype = call.dtype,
   };
   if (weights.packed != nullptr) {
+    check_dim(op, "packed_EB", *weights.packed, 2);
     check_packed(op, *weights.packed, call.E,
                  up_bytes + panel_bytes(call.D, call.F, false, call.dtype));
     params.up = static_cast<const char*>(weights.packed->const_data_ptr());
@@ -243,7 +265,7 @@ inline std::tuple<Tensor, Tensor> run_expert_mlp(const MlpCall& call, const MlpW
   } else {
     call.check_weights(op, *weights.up, *weights.down, weights.transposed);
     params.raw_up =
-        raw_params(*weights.up, weights.transposed, call.activation.gated, interleaved, call.dtype);
+        raw_params(*weights.up, weights.transposed, options.gated, options.interleaved, call.dtype);
     params.raw_down = raw_params(*weights.down, weights.transposed, false, false, call.dtype);
   }
   const int64_t token_bytes = std::max<int64_t>(1, call.K * 4 * (call.D + aligned_columns(call.F)));
@@ -255,8 +277,8 @@ inline std::tuple<Tensor, Tensor> run_expert_mlp(const MlpCall& call, const MlpW
     params.row = plan.plan.row;
     params.token = plan.plan.token;
     params.offset = plan.plan.offset;
-    params.weight = static_cast<const float*>(call.weight.const_data_ptr()) + begin * call.K;
-    params.out = at_row(out, begin, size);
+    params.weight = call.weights + begin * call.K;
+    params.out = static_cast<char*>(out.data()) + begin * call.D * size;
     params.T = tokens;
     run_with_scratch(cpu::kernels().expert_mlp, params, threads);
     if (keep_pre) {  // rows of unused slots
@@ -265,7 +287,7 @@ inline std::tuple<Tensor, Tensor> run_expert_mlp(const MlpCall& call, const MlpW
                   char(0));
     }
   }
-  return {out, pre};
+  return {std::move(out), std::move(pre)};
 }
 
 // A dense bool mask of the given shape as bytes, or null; `kept` holds the tensor.
@@ -300,9 +322,9 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> run_expert_mlp_backward(
     const MlpCall& call, const Tensor& w_up, const Tensor& w_down, bool transposed,
     const std::optional<Tensor>& bias_down_ED, const std::optional<Tensor>& frozen_E,
     const std::optional<Tensor>& frozen_EF, const Tensor& pre_NH, const Tensor& grad_TD,
-    const MlpGradients& wanted, bool interleaved, int64_t num_threads,
-    const cpu::Parallel& threads) {
+    const MlpGradients& wanted, int64_t num_threads, const cpu::Parallel& threads) {
   const char* op = "expert_mlp_backward";
+  const MlpOptions& options = call.options;
   call.check_weights(op, w_up, w_down, transposed);
   check_gradient(op, "grad_up", wanted.up, w_up);
   check_gradient(op, "grad_down", wanted.down, w_down);
@@ -325,7 +347,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> run_expert_mlp_backward(
                   : torch::stable::new_empty(like, {0});
   };
   Tensor grad_x = made(wanted.need_x, call.x, call.T, call.D);
-  Tensor grad_weight = made(wanted.need_weight, call.weight, call.T, call.K);
+  Tensor grad_weight = made(wanted.need_weight, *call.weight, call.T, call.K);
   Tensor grad_bias_up = made(wanted.need_bias_up, call.x, call.E, call.H);
   Tensor grad_bias_down = made(wanted.need_bias_down, call.x, call.E, call.D);
   const auto data = [](bool needed, const Tensor& t) {
@@ -339,7 +361,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> run_expert_mlp_backward(
       .row = plan.plan.row,
       .token = plan.plan.token,
       .offset = plan.plan.offset,
-      .weight = static_cast<const float*>(call.weight.const_data_ptr()),
+      .weight = call.weights,
       .raw_up = raw_params(w_up, !transposed, false, false, call.dtype),
       .raw_down = raw_params(w_down, !transposed, false, false, call.dtype),
       .bias_down = bias_of(op, "bias_down_ED", bias_down_ED, call.E, call.D, call.x),
@@ -364,13 +386,13 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> run_expert_mlp_backward(
       .stride_gt = grad.stride(0),
       .threads = num_threads,
       .cache = cpu::cache_bytes(),
-      .gated = call.activation.gated,
-      .interleaved = interleaved,
+      .gated = options.gated,
+      .interleaved = options.interleaved,
       .transposed = transposed,
-      .phi = call.activation.phi,
-      .limit = call.limit,
-      .alpha = call.alpha,
-      .shift = call.activation.shift,
+      .phi = options.phi,
+      .limit = options.limit,
+      .alpha = options.alpha,
+      .shift = options.shift,
       .dtype = call.dtype,
   };
   run_with_scratch(cpu::kernels().expert_mlp_backward, params, threads);
@@ -419,6 +441,8 @@ inline Tensor run_grouped_gemm(const Tensor& x_ND, const MlpWeights& weights,
       .threads = num_threads,
       .cache = cpu::cache_bytes(),
       .dtype = dtype,
+      .dtype_w = dtype,
+      .dtype_y = dtype,
   };
   if (weights.packed != nullptr) {
     check_dim(op, "packed_EB", given, 2);

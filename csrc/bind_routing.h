@@ -95,26 +95,28 @@ inline EntropyBackwardCall prepare_entropy_backward(const Tensor& grad_BM,
 
 // The plan of a counting sort by expert, in memory of the caller.
 struct PlanMemory {
-  int32_t *row, *token, *offset;  // [T, K], [N], [E1]
-  std::vector<int32_t> counts;    // of every chunk of slots
+  int32_t *row, *token, *offset, *counts;  // [T, K], [N], [E1], plan_counts()
 };
 
 // 8192 slots cost about as much as waking a thread; E of them keep the counts below the slots.
 inline int64_t plan_chunk(int64_t E) { return std::max<int64_t>(8192, E); }
 
+// Slots and unused ones of every expert, for every chunk.
+inline int64_t plan_counts(int64_t N, int64_t E) {
+  return (N + plan_chunk(E) - 1) / plan_chunk(E) * (E + 1);
+}
+
 inline DispatchParams plan_params(const int32_t* expert, int64_t T, int64_t K, int64_t E,
-                                  PlanMemory& memory) {
-  const int64_t chunk = plan_chunk(E);
-  memory.counts.resize((T * K + chunk - 1) / chunk * (E + 1));
+                                  const PlanMemory& memory) {
   return {.expert = expert,
           .row = memory.row,
           .token = memory.token,
           .offset = memory.offset,
-          .scratch = memory.counts.data(),
+          .scratch = memory.counts,
           .T = T,
           .K = K,
           .E = E,
-          .chunk = chunk};
+          .chunk = plan_chunk(E)};
 }
 
 // The ids as a contiguous int32 tensor, every one in [0, num_experts].
@@ -160,7 +162,7 @@ inline Tensor checked_experts(const Tensor& expert_TK, int64_t num_experts) {
 
 struct DispatchCall {
   Tensor expert, row, token, offset;
-  PlanMemory memory;
+  std::vector<int32_t> counts;
   DispatchParams params;
 };
 
@@ -171,12 +173,13 @@ inline DispatchCall prepare_dispatch(const Tensor& expert_TK, int64_t num_expert
   call.row = torch::stable::new_empty(call.expert, {T, K}, ScalarType::Int);
   call.token = torch::stable::new_empty(call.expert, {T * K}, ScalarType::Int);
   call.offset = torch::stable::new_empty(call.expert, {num_experts + 1}, ScalarType::Int);
-  call.memory = {.row = static_cast<int32_t*>(call.row.mutable_data_ptr()),
-                 .token = static_cast<int32_t*>(call.token.mutable_data_ptr()),
-                 .offset = static_cast<int32_t*>(call.offset.mutable_data_ptr()),
-                 .counts = {}};
-  call.params = plan_params(static_cast<const int32_t*>(call.expert.const_data_ptr()), T, K,
-                            num_experts, call.memory);
+  call.counts.resize(plan_counts(T * K, num_experts));
+  call.params =
+      plan_params(static_cast<const int32_t*>(call.expert.const_data_ptr()), T, K, num_experts,
+                  {.row = static_cast<int32_t*>(call.row.mutable_data_ptr()),
+                   .token = static_cast<int32_t*>(call.token.mutable_data_ptr()),
+                   .offset = static_cast<int32_t*>(call.offset.mutable_data_ptr()),
+                   .counts = call.counts.data()});
   return call;
 }
 

@@ -300,12 +300,13 @@ struct GroupedGemmParams {  // y[n] = x[n] . w[e]^T + bias[e] for the rows n of 
   const char* w;            // packed panels, or null and
   PackParams raw;           // as in ExpertMlpParams
   Bias bias;
-  void* y;        // [N, F] dtype; rows from offset[E] on are zeroed
-  char* scratch;  // as in ExpertMlpParams
-  int64_t* scratch_bytes;
+  void* y;                  // [N, F] dtype_y; rows from offset[E] on are zeroed
+  char* scratch = nullptr;  // as in ExpertMlpParams
+  int64_t* scratch_bytes = nullptr;
   int64_t N, E, D, F, stride_xn, stride_packed;
   int64_t threads, cache;
-  DType dtype;
+  DType dtype;             // of x and bias
+  DType dtype_w, dtype_y;  // dtype or float32
 };
 
 struct GroupedGemmBackwardParams {  // gradients of the weights and of the bias

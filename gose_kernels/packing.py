@@ -13,23 +13,41 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gose_kernels import native as native_library
 
 
-class _Copy(NamedTuple):
+class Packed(NamedTuple):
+    """A packed copy, and what its weights were when it was made."""
+
     packed_EB: Tensor
     versions: tuple[int, ...]
     watched: tuple[weakref.ref[torch.UntypedStorage], ...]  # dies with the copy
 
 
-_copies: dict[tuple[object, ...], _Copy] = {}
+class _Call(NamedTuple):
+    """What calls that differ in nothing but their other tensors run, while the weights stand."""
+
+    run: Callable[..., Any]
+    versions: tuple[int | None, ...]  # None: torch does not count
+    weights: tuple[weakref.ref[Tensor], ...]
+
+
+_copies: dict[tuple[object, ...], Packed] = {}
+_calls: dict[tuple[object, ...], _Call] = {}  # by op, id of every weight, options
 _lock = threading.RLock()  # reentrant: garbage collection may run `gone` wherever it is held
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # DType of csrc/params.h
+# Types of arguments that hold nothing but data.
+_PLAIN = frozenset((Tensor, Parameter, type(None), int))
+# As many calls with other weights or options are kept.
+_MOST_CALLS = 4096
 
 
 def _version(weights: Tensor) -> int:
@@ -41,31 +59,94 @@ def _kept(
     layout: tuple[object, ...],
     pack: Callable[[], Tensor],
     changing: bool,
-) -> Tensor | None:
+) -> Packed | None:
     """The copy that is kept for these weights in this layout, else the one that `pack` makes; None
     for weights that are changing: the kernels pack those as they read them."""
     key = (layout, *[(w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights])
     versions = tuple([_version(w) for w in weights])
     found = _copies.get(key)
     if found is not None and found.versions == versions:
-        return found.packed_EB
+        return found
 
     def gone(_: object) -> None:
         with _lock:
-            _copies.pop(key, None)
+            _drop(key)
 
     with _lock:
         if changing:
-            _copies.pop(key, None)
+            _drop(key)
             return None
         found = _copies.get(key)  # another thread may have made it meanwhile
         if found is None or found.versions != versions:
             found = None  # the old one goes before the new one is made: never two of one weight
-            _copies.pop(key, None)
+            _drop(key)
             # torch keeps the Python object of a storage while any tensor uses the memory.
             watched = tuple(weakref.ref(w.untyped_storage(), gone) for w in weights)
-            found = _copies[key] = _Copy(pack(), versions, watched)
-    return found.packed_EB
+            found = _copies[key] = Packed(pack(), versions, watched)
+    return found
+
+
+def _drop(key: tuple[object, ...]) -> None:
+    """Let go of a copy, and of the calls, one of which may hold it."""
+    if _copies.pop(key, None) is not None:
+        _calls.clear()
+
+
+def learn_call(
+    op: str,
+    weights: Sequence[Tensor],
+    options: dict[str, Any],
+    run: Callable[..., Any],
+    copies: Sequence[Packed],
+) -> None:
+    """Let `repeat_call` run later calls of an op with these very weights and equal options.
+
+    copies   what was packed of the weights, in their order
+    """
+    key = (op, *map(id, weights), *options.items())
+
+    def gone(_: object) -> None:
+        _calls.pop(key, None)
+
+    counted = [not w.is_inference() for w in weights]
+    versions = [version for copy in copies for version in copy.versions]
+    call = _Call(
+        run,
+        tuple(v if count else None for v, count in zip(versions, counted, strict=True)),
+        tuple(weakref.ref(w, gone) for w in weights),
+    )
+    with _lock:
+        if len(_calls) >= _MOST_CALLS:
+            _calls.clear()
+        _calls[key] = call
+
+
+def repeat_call(
+    op: str, weights: Sequence[Any], args: tuple[Any, ...], options: dict[str, Any]
+) -> Any | None:
+    """The result of a call that is like one of `learn_call`; None if it is not or was refused."""
+    try:
+        call = _calls.get((op, *map(id, weights), *options.items()))
+        if call is None:
+            return None
+        for w, version in zip(weights, call.versions, strict=True):
+            if version is not None and w._version != version:
+                return None
+        for a in args:
+            if type(a) not in _PLAIN:
+                return None
+        return call.run(*args)
+    except (RuntimeError, TypeError):  # TypeError: a list has no hash
+        return None
+
+
+def numbers_then(x_TD: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """What a repeated call must find again (csrc/bind_mlp.h): dtype and width of x, where and in
+    which layout each of the weights lies. float64 holds addresses exactly."""
+    numbers: list[float] = [DTYPES.index(x_TD.dtype), x_TD.shape[1]]
+    for w in weights:
+        numbers += [w.data_ptr(), w.dim(), *w.shape, *w.stride()]
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def _panels_bytes(columns: int, K: int, gated: bool, dtype: torch.dtype) -> int:
@@ -164,31 +245,34 @@ def packed_experts(
     interleaved: bool,
     transposed: bool,
     changing: bool = False,
-) -> tuple[Tensor | None, int]:
-    """packed_EB of `pack_experts`, kept while both weights stand, and F. None in its place where no
-    copy is kept of weights that are `changing`."""
+) -> Packed | None:
+    """packed_EB of `pack_experts`, kept while both weights stand. None where no copy is kept of
+    weights that are `changing`."""
 
     def pack() -> Tensor:
         return pack_experts(
             w_up_EHD, w_down_EDF, gated=gated, interleaved=interleaved, transposed=transposed
         )
 
-    packed_EB = _kept((w_up_EHD, w_down_EDF), (gated, interleaved, transposed), pack, changing)
-    return packed_EB, w_down_EDF.shape[1 if transposed else 2]
+    return _kept((w_up_EHD, w_down_EDF), (gated, interleaved, transposed), pack, changing)
 
 
-def packed_matrix(w_EFD: Tensor, *, transposed: bool, changing: bool) -> Tensor | None:
-    """packed_EB of the weights of `grouped_gemm`, kept while they stand; None where no copy is kept
-    of weights that are `changing`."""
+def packed_matrix(
+    w_EFD: Tensor, *, transposed: bool, changing: bool = False, dtype: torch.dtype | None = None
+) -> Packed | None:
+    """packed_EB of the weights of `grouped_gemm`, or of one group's (w_FD), in their own dtype or
+    another; kept while they stand. None where no copy is kept of weights that are `changing`."""
 
     def pack() -> Tensor:
-        num_experts, columns, K = w_EFD.mT.shape if transposed else w_EFD.shape
-        size = _panels_bytes(columns, K, False, w_EFD.dtype)
+        w = w_EFD.detach().to(w_EFD.dtype if dtype is None else dtype)
+        w = w if w.dim() == 3 else w.unsqueeze(0)
+        num_experts, columns, K = w.mT.shape if transposed else w.shape
+        size = _panels_bytes(columns, K, False, w.dtype)
         packed_EB = torch.empty(num_experts, size, dtype=torch.uint8)
-        torch.ops.gose_native.pack_matrix(packed_EB, w_EFD, 0, False, False, transposed)
+        torch.ops.gose_native.pack_matrix(packed_EB, w, 0, False, False, transposed)
         return packed_EB
 
-    return _kept((w_EFD,), (transposed,), pack, changing)
+    return _kept((w_EFD,), (transposed, dtype), pack, changing)
 
 
 def path_of(dtype: torch.dtype) -> str:
@@ -201,6 +285,7 @@ def path_of(dtype: torch.dtype) -> str:
 def forget_packed() -> None:
     """Let go of every packed copy: needed after a change of weights that torch does not count."""
     with _lock:
+        _calls.clear()
         _copies.clear()
 
 

@@ -52,6 +52,8 @@ class Backend(NamedTuple):
     by_dtype: bool = False  # why_not looks at nothing but dtypes and devices
     # run of the arguments that were given, (args, options), without their defaults
     given: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
+    # the same for a call that is like one that was run by `given`; None for any other
+    again: Callable[[tuple[Any, ...], dict[str, Any]], Any | None] | None = None
     path: Callable[[torch.dtype], str] | None = None  # which of its kernels serves a dtype
 
 
@@ -147,16 +149,20 @@ def native(
     unless: Callable[..., str | None] | None = None,
     writes: tuple[int, ...] = (),
     pack: Callable[..., Tensor] | None = None,
+    again: Callable[[tuple[Any, ...], dict[str, Any]], Any | None] | None = None,
+    learn: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
     path: Callable[[torch.dtype], str] | None = None,
 ) -> Backend:
     """The compiled kernel `torch.ops.gose_native.<op>` on one device, or a function that calls it.
 
     The kernel takes every argument in schema order; with `pack` it takes what that makes of the
     options (one tensor, kept for the next call with equal options), then the positional arguments.
-    A function takes them as the reference does. `dtypes` limits the first floating-point tensor
-    argument; `unless(*args, **options)` refuses a call with a reason. `writes` are the positions of
-    arguments that change in place: autograd learns of it, as of torch's own in-place ops.
-    `path(dtype)` names the kernel within, for `explain`.
+    A function takes them as the reference does. With `learn`, which sees what it ran, `again` is
+    asked first: it gives the result of a call like one of these, None for any other.
+    `dtypes` limits the first floating-point tensor argument; `unless(*args, **options)` refuses a
+    call with a reason. `writes` are the positions of arguments that change in place: autograd
+    learns of it, as of torch's own in-place ops. `path(dtype)` names the kernel within, for
+    `explain`.
     """
 
     def why_not(*args: Any, **options: Any) -> str | None:
@@ -188,6 +194,14 @@ def native(
             torch.autograd.graph.increment_version(_tensors(args[i] for i in writes))
         return out
 
+    if learn is not None:
+
+        def run_and_learn(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            out = run(*args, **options)
+            learn(args, options)
+            return out
+
+        return Backend(device, run, why_not, unless is None, run_and_learn, again, path)
     if pack is None:
         return Backend(device, run, why_not, by_dtype=unless is None, path=path)
     packed = lru_cache(maxsize=256)(pack)
@@ -284,6 +298,7 @@ class Op:
         ]
         self._required = [a.name for a in arguments if a.kwarg_only and not a.has_default_value()]
         self._casts = bool(autocast)
+        self._again = next((b.again for b in backends if b.again is not None), None)
         self._direct: dict[tuple[Any, ...], _Direct | None] = {}
         self._apply: Callable[..., Any] | None = None
 
@@ -355,8 +370,11 @@ class Op:
     def run(self, *args: Any, **options: Any) -> Any:
         """The call below autograd, autocast and torch's dispatcher."""
         watched = observers or forward_ad._current_level >= 0 or _is_any_autocast_enabled()
-        if not watched and (direct := self._find_direct(args, options)):
-            return direct.run(args, options)
+        if not watched:
+            if self._again is not None and (output := self._again(args, options)) is not None:
+                return output
+            if direct := self._find_direct(args, options):
+                return direct.run(args, options)
         bound, bound_options, backend = self._bind(args, options)
         if forward_ad._current_level >= 0 and any(
             forward_ad.unpack_dual(t).tangent is not None for t in _tensors(bound)
@@ -416,6 +434,8 @@ class Op:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if is_compiling():
             return self.overload(*args, **options)
+        if options and options.get("backend", "") is None:
+            del options["backend"]
         if not (
             observers
             or _len_torch_dispatch_stack()
@@ -423,11 +443,16 @@ class Op:
             or maybe_current_level() is not None
             or forward_ad._current_level >= 0
             or _is_any_autocast_enabled()
-        ) and (direct := self._find_direct(args, options)):
-            if not (is_grad_enabled() and _any_requires_grad(*args)):
-                return direct.run(args, options)
-            if self._apply is not None:
-                return self._apply(*args, direct, options)
+        ):
+            trains = is_grad_enabled() and _any_requires_grad(*args)
+            again = None if trains else self._again
+            if again is not None and (output := again(args, options)) is not None:
+                return output
+            if direct := self._find_direct(args, options):
+                if not trains:
+                    return direct.run(args, options)
+                if self._apply is not None:
+                    return self._apply(*args, direct, options)
         if _needs_dispatcher([*args, *options.values()], self._casts):
             return self.overload(*args, **options)
         return self.run(*args, **options)

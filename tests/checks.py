@@ -96,9 +96,9 @@ def assert_close_within_ulps(
     assert_close_to_truth(got, same_dtype_reference, moved)
 
 
-def backends_of(name: str) -> list[object]:
-    """Every written backend of op `name` as a pytest parameter; one that cannot run on CPU tensors
-    here is skipped with its reason."""
+def backends_of(name: str, *only: str) -> list[object]:
+    """Every written backend of op `name`, or those named, as a pytest parameter; one that cannot
+    run on CPU tensors here is skipped with its reason."""
     op = gk.OPS[name]
     assert op.example is not None
     reasons = op.reasons(*op.example(torch.device("cpu"), torch.float32))
@@ -111,4 +111,5 @@ def backends_of(name: str) -> list[object]:
             id=b.name,
         )
         for b in op.backends
+        if not only or b.name in only
     ]

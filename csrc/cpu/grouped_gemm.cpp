@@ -10,8 +10,8 @@ struct Layout {
   int64_t runs, gathered, bytes;  // offsets in the scratch memory; the work items stand first
 
   explicit Layout(const GroupedGemmParams& p)
-      : micro(&micro_gemm(p.dtype)), rows(p.offset[p.E]), K(round_up(p.D, kAlignK)) {
-    panels = ceil_div(p.F, kPanel), panel_bytes = K * kPanel * bytes_of(p.dtype);
+      : micro(&micro_gemm(p.dtype_w)), rows(p.offset[p.E]), K(round_up(p.D, kAlignK)) {
+    panels = ceil_div(p.F, kPanel), panel_bytes = K * kPanel * bytes_of(p.dtype_w);
     stride_x = row_stride(K, micro->bf16_rows ? 2 : 4);
     block_rows = rows_of_block(*micro, p.cache, stride_x);
     gathered_bytes = least(block_rows, rows) * stride_x;
@@ -21,7 +21,7 @@ struct Layout {
   }
 };
 
-template <class Float>
+template <class Float, class Out>
 void groups(const GroupedGemmParams& p, const Layout& at, const Parallel& threads) {
   const Gemm gemm = {.micro = at.micro,
                      .offset = p.offset,
@@ -53,14 +53,20 @@ void groups(const GroupedGemmParams& p, const Layout& at, const Parallel& thread
           for (int64_t r = 0; r < count; ++r) sums[r * kPanel + c] += bias;
         }
         for (int64_t r = 0; r < count; ++r) {
-          Float* y = static_cast<Float*>(p.y) + (block.first + first + r) * p.F + f0;
+          Out* y = static_cast<Out*>(p.y) + (block.first + first + r) * p.F + f0;
           for (int64_t c = 0; c < real; c += kLanes) {
             store_row(y, real, c, load(sums + r * kPanel + c));
           }
         }
       });
-  Float* tail = static_cast<Float*>(p.y) + at.rows * p.F;
-  std::memset(static_cast<void*>(tail), 0, (p.N - at.rows) * p.F * sizeof(Float));
+  Out* tail = static_cast<Out*>(p.y) + at.rows * p.F;
+  std::memset(static_cast<void*>(tail), 0, (p.N - at.rows) * p.F * sizeof(Out));
+}
+
+template <class Float>
+void groups(const GroupedGemmParams& p, const Layout& at, const Parallel& threads) {
+  return p.dtype_y == p.dtype ? groups<Float, Float>(p, at, threads)
+                              : groups<Float, float>(p, at, threads);
 }
 
 }  // namespace

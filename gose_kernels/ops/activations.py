@@ -71,6 +71,8 @@ def _relu2_slope(g: Tensor, alpha: float) -> Tensor:
     return 2 * torch.relu(g)
 
 
+PHIS = (_silu, _gelu, _gelu_tanh, _relu, _relu2)  # Phi of csrc/params.h
+
 ACTIVATIONS = {
     "swiglu": Activation(_silu, _silu_slope, gated=True),
     "swiglu_oai": Activation(_silu, _silu_slope, gated=True, shift=1.0, limit=7.0),

@@ -54,6 +54,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -61,8 +62,18 @@ import torch
 from torch import Tensor
 
 from gose_kernels import memory
-from gose_kernels.ops.activations import ACTIVATIONS, Activation
-from gose_kernels.packing import expert_bytes, packed_experts, path_of, unpack_experts
+from gose_kernels.ops.activations import ACTIVATIONS, PHIS, Activation
+from gose_kernels.packing import (
+    DTYPES,
+    Packed,
+    expert_bytes,
+    learn_call,
+    numbers_then,
+    packed_experts,
+    path_of,
+    repeat_call,
+    unpack_experts,
+)
 from gose_kernels.registry import Cost, native, reference, register
 
 
@@ -175,13 +186,18 @@ def _want_shape(argument: str, tensor: Tensor | None, *shape: int) -> None:
         _want(tuple(tensor.shape) == shape, argument, f"of shape {shape}", tuple(tensor.shape))
 
 
-def check(call: MlpCall) -> tuple[int, int, int, int]:
-    """(E, H, F, D) of a call that some backend may take; ValueError for any other."""
-    x_TD, names = call.x_TD, ", ".join(ACTIVATIONS)
+def _check_options(call: MlpCall) -> None:
+    names = ", ".join(ACTIVATIONS)
     _want(call.activation in ACTIVATIONS, "activation", f"one of {names}", repr(call.activation))
     for name in ("interleaved", "limit") if not call.act.gated else ():
         _want(not getattr(call, name), name, f"unset for {call.activation}", getattr(call, name))
     _want(call.clamp > 0, "limit", "above 0", call.limit)
+
+
+def check(call: MlpCall) -> tuple[int, int, int, int]:
+    """(E, H, F, D) of a call that some backend may take; ValueError for any other."""
+    x_TD = call.x_TD
+    _check_options(call)
     _want(x_TD.dim() == 2, "x_TD", "of 2 dimensions", f"shape {tuple(x_TD.shape)}")
     _want(x_TD.is_floating_point(), "x_TD", "floating point", x_TD.dtype)
     for name in ("w_up_EHD", "w_down_EDF"):
@@ -517,48 +533,82 @@ _OPTIONS = (
 _ARGUMENTS = f"{_TENSORS.format(none='=None')}, *, {_OPTIONS}, str? backend=None"
 
 
-def _native(call: MlpCall, keep: bool) -> tuple[Tensor, Tensor]:
-    """out_TD and, if kept, pre_NH. The kernel checks what it reads; what it cannot see, and a call
-    that it refuses, is checked here in the op's own words."""
+@lru_cache(maxsize=256)
+def mlp_numbers(
+    activation: str, interleaved: bool, limit: float | None, alpha: float, hidden: int
+) -> Tensor:
+    """The options as the kernel reads them (csrc/bind_mlp.h), checked."""
+    none = torch.empty(0)
+    tensors = (none, none, none, none, none, None, None, None, None)
+    call = MlpCall(*tensors, activation, interleaved, False, limit, alpha)
+    _check_options(call)
+    act = call.act
+    numbers = [PHIS.index(act.phi), act.gated, interleaved, call.clamp, call.scale, act.shift]
+    return torch.tensor([*numbers, hidden], dtype=torch.float64, device="cpu")
+
+
+def numbers_of(call: MlpCall) -> Tensor:
+    hidden = call.w_down_EDF.shape[1 if call.transposed else 2]
+    return mlp_numbers(call.activation, call.interleaved, call.limit, call.alpha, hidden)
+
+
+def packed_of(call: MlpCall, *, changing: bool = False) -> Packed | None:
+    return packed_experts(
+        *(call.w_up_EHD, call.w_down_EDF),
+        gated=call.act.gated,
+        interleaved=call.interleaved,
+        transposed=call.transposed,
+        changing=changing,
+    )
+
+
+def _native(call: MlpCall, keep: bool) -> Any:
+    """out_TD, or if kept out_TD and pre_NH. The kernel checks what it reads; what it cannot see,
+    and a call that it refuses, is checked here in the op's own words."""
     masked = call.frozen_E is not None or call.frozen_EF is not None
     # Packed weights of close widths have equal sizes: the kernel cannot tell them apart.
     width = call.w_up_EHD.shape[1 if call.transposed else -1]
     if masked or call.w_up_EHD.dtype != call.x_TD.dtype or width != call.x_TD.shape[-1]:
         check(call)
+    kernels = torch.ops.gose_native
     trained = keep and (call.w_up_EHD.requires_grad or call.w_down_EDF.requires_grad)
-    options = (call.limit, call.alpha, keep)
+    routed = (call.x_TD, call.weight_TK, call.expert_TK)
+    biases = (call.bias_up_EH, call.bias_down_ED)
     try:
-        packed_EB, hidden = packed_experts(
-            *(call.w_up_EHD, call.w_down_EDF),
-            gated=call.act.gated,
-            interleaved=call.interleaved,
-            transposed=call.transposed,
-            changing=trained,
-        )
-        if packed_EB is None:
-            out_TD, pre_NH = torch.ops.gose_native.expert_mlp_raw(
-                *(call.x_TD, call.weight_TK, call.expert_TK, call.w_up_EHD, call.w_down_EDF),
-                *(call.bias_up_EH, call.bias_down_ED),
-                *(call.activation, call.interleaved, call.transposed, *options),
-            )
-        else:
-            out_TD, pre_NH = torch.ops.gose_native.expert_mlp(
-                *(call.x_TD, call.weight_TK, call.expert_TK, packed_EB, hidden),
-                *(call.bias_up_EH, call.bias_down_ED),
-                *(call.activation, call.interleaved, *options),
-            )
-    except (KeyError, ValueError, RuntimeError):
+        numbers, packed = numbers_of(call), packed_of(call, changing=trained)
+        if packed is None:
+            raw = (call.w_up_EHD, call.w_down_EDF, call.transposed)
+            return kernels.expert_mlp_train_raw.default(numbers, *raw, *routed, *biases)
+        if keep:
+            return kernels.expert_mlp_train.default(numbers, packed.packed_EB, *routed, *biases)
+        given = (*routed, None, None, *biases)
+        return kernels.expert_mlp.default(numbers, packed.packed_EB, *given)
+    except (KeyError, ValueError, RuntimeError, IndexError):
         check(call)
         raise
-    return out_TD, pre_NH
 
 
 def _cpu(*args: Any, **options: Any) -> Tensor:
-    return _native(MlpCall(*args, **options), keep=False)[0]
+    out_TD: Tensor = _native(MlpCall(*args, **options), keep=False)
+    return out_TD
+
+
+def _again(args: tuple[Any, ...], options: dict[str, Any]) -> Any | None:
+    return repeat_call("expert_mlp", args[3:5], args, options)
+
+
+def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    call, weights = MlpCall(*args, **options), args[3:5]
+    packed = packed_of(call)
+    assert packed is not None
+    numbers = torch.cat([numbers_of(call), numbers_then(call.x_TD, weights)])
+    run = partial(torch.ops.gose_native.expert_mlp.default._op, numbers, packed.packed_EB)
+    learn_call("expert_mlp", weights, options, run, (packed,))
 
 
 def _cpu_train(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return _native(MlpCall(*args, **options), keep=True)
+    out_TD, pre_NH = _native(MlpCall(*args, **options), keep=True)
+    return out_TD, pre_NH
 
 
 def _cpu_backward(*args: Any, **options: Any) -> tuple[Tensor, ...]:
@@ -568,10 +618,9 @@ def _cpu_backward(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     grad_up = memory.take(up.shape, up.dtype) if back.need_up else None
     grad_down = memory.take(down.shape, down.dtype) if back.need_down else None
     x, weight, bias_up, bias_down = torch.ops.gose_native.expert_mlp_backward(
-        *(call.x_TD, call.weight_TK, call.expert_TK, up, down),
+        *(numbers_of(call), call.x_TD, call.weight_TK, call.expert_TK, up, down, call.transposed),
         *(call.bias_down_ED, call.frozen_E, call.frozen_EF),
         *(back.pre_NH, back.grad_TD, grad_up, grad_down),
-        *(call.activation, call.interleaved, call.transposed, call.limit, call.alpha),
         *(back.need_x, back.need_weight, back.need_bias_up, back.need_bias_down),
     )
     none = up.new_empty(0)
@@ -590,18 +639,18 @@ def expert_mlp_packed_reference(*args: Any, **options: Any) -> Tensor:
 
 
 def _cpu_packed(*args: Any, **options: Any) -> Tensor:
-    out_TD: Tensor
     call = PackedCall(*args, **options)
-    out_TD, _ = torch.ops.gose_native.expert_mlp(*call, False)
+    numbers = mlp_numbers(call.activation, call.interleaved, call.limit, call.alpha, call.hidden)
+    out_TD: Tensor = torch.ops.gose_native.expert_mlp.default(
+        *(numbers, call.packed_EB, call.x_TD, call.weight_TK, call.expert_TK),
+        *(None, None, call.bias_up_EH, call.bias_down_ED),
+    )
     return out_TD
 
 
 def _packed_fake(*args: Any, backend: str | None = None, **options: Any) -> Tensor:
     x_TD = PackedCall(*args, **options).x_TD
     return x_TD.new_empty(x_TD.shape)
-
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _train(*args: Any, **options: Any) -> Tensor:
@@ -611,7 +660,7 @@ def _train(*args: Any, **options: Any) -> Tensor:
 
 expert_mlp = register(
     f"expert_mlp({_ARGUMENTS}) -> Tensor",
-    native("cpu", _cpu, *_FLOATS, path=path_of),
+    native("cpu", _cpu, *DTYPES, path=path_of, again=_again, learn=_learn),
     reference(expert_mlp_reference),
     fake=_fake,
     training=_train,
@@ -622,7 +671,7 @@ expert_mlp = register(
 
 expert_mlp_train = register(
     f"expert_mlp_train({_ARGUMENTS}) -> (Tensor, Tensor)",
-    native("cpu", _cpu_train, *_FLOATS),
+    native("cpu", _cpu_train, *DTYPES),
     reference(expert_mlp_train_reference),
     fake=_train_fake,
     setup_context=_setup_context,
@@ -636,7 +685,7 @@ expert_mlp_backward = register(
     f"{_OPTIONS}, bool need_x=True, bool need_weight=True, bool need_up=True, "
     "bool need_down=True, bool need_bias_up=False, bool need_bias_down=False, "
     "str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    native("cpu", _cpu_backward, *_FLOATS),
+    native("cpu", _cpu_backward, *DTYPES),
     reference(expert_mlp_backward_reference),
     fake=_backward_fake,
     cost=_backward_cost,
@@ -648,7 +697,7 @@ expert_mlp_packed = register(
     "int hidden, Tensor? bias_up_EH=None, Tensor? bias_down_ED=None, *, "
     'str activation="swiglu", bool interleaved=False, float? limit=None, float alpha=1.702, '
     "str? backend=None) -> Tensor",
-    native("cpu", _cpu_packed, *_FLOATS),
+    native("cpu", _cpu_packed, *DTYPES),
     reference(expert_mlp_packed_reference),
     fake=_packed_fake,
     cost=_packed_cost,

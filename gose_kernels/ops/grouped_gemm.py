@@ -155,12 +155,12 @@ def _cpu(
     """From the packed copy of weights that stand; those that are trained are packed on the way."""
     _, hidden = _check(x_ND, w_EFD, offset_E1, bias_EF, transposed)
     native_ops = torch.ops.gose_native
-    packed_EB = packed_matrix(w_EFD, transposed=transposed, changing=w_EFD.requires_grad)
+    packed = packed_matrix(w_EFD, transposed=transposed, changing=w_EFD.requires_grad)
     y_NF: Tensor
-    if packed_EB is None:
+    if packed is None:
         y_NF = native_ops.grouped_gemm_raw(x_ND, w_EFD, offset_E1, bias_EF, transposed)
     else:
-        y_NF = native_ops.grouped_gemm(x_ND, packed_EB, offset_E1, bias_EF, hidden)
+        y_NF = native_ops.grouped_gemm(x_ND, packed.packed_EB, offset_E1, bias_EF, hidden)
     return y_NF
 
 

@@ -21,12 +21,22 @@ needed the layer runs as `route` and `expert_mlp`, whose backward keeps x, score
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gose_kernels.registry import OPS, Cost, reference, register
+from gose_kernels.ops import expert_mlp, route
+from gose_kernels.packing import (
+    DTYPES,
+    Packed,
+    learn_call,
+    numbers_then,
+    packed_matrix,
+    repeat_call,
+)
+from gose_kernels.registry import OPS, Cost, native, reference, register
 
 _MLP_OPTIONS = ("activation", "interleaved", "transposed", "limit", "alpha")
 
@@ -106,6 +116,61 @@ def moe_reference(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     return _layer(*args, backend="torch", **options)
 
 
+def _packed(call: MoeCall, options: dict[str, Any]) -> tuple[Tensor, Tensor, list[Packed]]:
+    """A checked call as its kernel takes it: both options as numbers, packed experts and router."""
+    _check(call, options.get("policy", "softmax"))
+    of_mlp = {name: options[name] for name in _MLP_OPTIONS if name in options}
+    of_route = {name: options[name] for name in options if name not in of_mlp}
+    (T, _), E = call.x_TD.shape, call.w_up_EHD.shape[0]
+    score_TE = call.x_TD.new_empty(T, E, dtype=torch.float32)
+    entropies = (call.entropy_TE, call.entropy_E, call.bias_E, call.noise_TE)
+    route.check(route.RouteCall(score_TE, call.top_k, *entropies, **of_route))
+    slots_TK = score_TE[:, : call.top_k]
+    mlp = expert_mlp.MlpCall(
+        *(call.x_TD, slots_TK, slots_TK, call.w_up_EHD, call.w_down_EDF),
+        *(call.bias_up_EH, call.bias_down_ED, call.frozen_E, call.frozen_EF),
+        **of_mlp,
+    )
+    expert_mlp.check(mlp)
+    copies, router_ED = [expert_mlp.packed_of(mlp)], call.w_router_ED
+    if router_ED is not None:
+        exact = router_ED.dtype == call.x_TD.dtype  # products of halves are exact in float32
+        dtype = None if exact else torch.float32
+        copies.append(packed_matrix(router_ED, transposed=False, dtype=dtype))
+    kept = [copy for copy in copies if copy is not None]
+    return expert_mlp.numbers_of(mlp), route.pack_options(**of_route), kept
+
+
+def _kernel(numbers: Tensor, of_route: Tensor, copies: list[Packed]) -> Any:
+    """What takes the positional arguments of a call."""
+    packed = [copy.packed_EB for copy in copies]
+    router = packed[1] if len(packed) > 1 else None
+    return partial(torch.ops.gose_native.moe.default._op, numbers, of_route, packed[0], router)
+
+
+def _cpu(*args: Any, **options: Any) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = _kernel(*_packed(MoeCall(*args), options))(*args)
+    return outputs
+
+
+def _weights(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    has_router = len(args) > 4 and args[4] is not None
+    return args[1:3] + args[4:5] if has_router else args[1:3]
+
+
+def _again(args: tuple[Any, ...], options: dict[str, Any]) -> Any | None:
+    return repeat_call("moe", _weights(args), args, options)
+
+
+def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    if any(isinstance(value, list) for value in options.values()):
+        return
+    numbers, of_route, copies = _packed(MoeCall(*args), options)
+    weights = _weights(args)
+    then = torch.cat([numbers, numbers_then(args[0], weights)])
+    learn_call("moe", weights, options, _kernel(then, of_route, copies), tuple(copies))
+
+
 def _cost(*args: Any, **options: Any) -> Cost:
     """Scores, routing, every slot used."""
     call = MoeCall(*args)
@@ -152,6 +217,7 @@ moe = register(
     'float? tau=None, int? capacity=None, str capacity_order="token", str? adaptive=None, '
     "float mass=0.9, float[] bands=[], float noise_std=0.0, str? backend=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    native("cpu", _cpu, *DTYPES, again=_again, learn=_learn),
     reference(moe_reference),
     fake=_layer,
     training=_layer,

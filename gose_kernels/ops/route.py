@@ -180,7 +180,7 @@ def _check_options(call: RouteCall) -> None:
     _want(policy == "softmax" or std == 0, "noise_std", f"0 for {policy}", std)
 
 
-def _pack(**options: Any) -> Tensor:
+def pack_options(**options: Any) -> Tensor:
     """The options as numbers in the order of csrc/bind_route.h, checked."""
     call = RouteCall(torch.empty(0), 0, **options)
     for option in (*_INTS, *_NUMBERS):
@@ -581,7 +581,7 @@ route = register(
     "route(Tensor score_TE, int top_k, Tensor? entropy_TE=None, Tensor? entropy_E=None, "
     f"Tensor? bias_E=None, Tensor? noise_TE=None, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    native("cpu", "route", float32, bfloat16, float16, pack=_pack),
+    native("cpu", "route", float32, bfloat16, float16, pack=pack_options),
     reference(route_reference),
     fake=_fake,
     setup_context=_setup_context,
@@ -596,7 +596,7 @@ route_backward = register(
     "Tensor? grad_weight_TK, Tensor? grad_entropy_T, Tensor? grad_importance_E, "
     "Tensor? grad_loss_L, "
     f"{_OPTIONS}) -> Tensor",
-    native("cpu", "route_backward", float32, bfloat16, float16, pack=_pack),
+    native("cpu", "route_backward", float32, bfloat16, float16, pack=pack_options),
     reference(route_backward_reference),
     fake=_backward_fake,
     cost=_backward_cost,

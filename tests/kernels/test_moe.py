@@ -73,7 +73,7 @@ def test_reference_is_its_two_ops(case: cases.MoeCase, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("case", cases.moe, ids=str)
 @pytest.mark.parametrize("backend", backends_of("moe"))
 def test_matches_reference(case: cases.MoeCase, dtype: torch.dtype, backend: str) -> None:
-    """Against the float64 layer routed alike: a score on the edge may choose another expert."""
+    """Routed as the reference is; then each against the float64 layer of its own weights."""
     args, options = case.build(dtype)
     got = gk.moe(*args, **options, backend=backend)
     same = moe_reference(*args, **options)
@@ -82,11 +82,119 @@ def test_matches_reference(case: cases.MoeCase, dtype: torch.dtype, backend: str
     mlp = {name: options[name] for name in MLP_OPTIONS if name in options}
     x_TD, up_EHD, down_EDF, bias_up_EH, bias_down_ED = _double((*args[:3], *args[6:8]))
     truth = gk.expert_mlp(
-        *(x_TD, same[1].double(), same[2], up_EHD, down_EDF, bias_up_EH, bias_down_ED), **mlp
+        *(x_TD, got[1].double(), got[2], up_EHD, down_EDF, bias_up_EH, bias_down_ED), **mlp
     )
-    assert_chain_close_to_truth(got[0], same[0], truth)
+    alike = gk.expert_mlp(args[0], got[1], got[2], *args[1:3], *args[6:8], **mlp, backend="torch")
+    assert_chain_close_to_truth(got[0], alike, truth)
     for i in (1, 3, 5, 6):
         torch.testing.assert_close(got[i], same[i])
+
+
+ROUTINGS = [
+    {"softmax_before": False},
+    {"renormalize": True, "activation": "swiglu_oai", "interleaved": True},
+    {"capacity": 2, "capacity_order": "priority"},
+    {"adaptive": "bands", "bands": [0.8, 0.95]},
+    {"adaptive": "mass", "mass": 0.5, "renormalize": True},
+    {"policy": "sigmoid", "renormalize": True},
+    {"policy": "group_limited", "num_groups": 3, "top_groups": 2},
+    {"policy": "group_limited", "gate": "sigmoid", "num_groups": 3, "top_groups": 1},
+    {"policy": "expert_choice", "capacity": 3},
+]
+native_only = pytest.mark.parametrize("backend", backends_of("moe", "cpu"))
+
+
+@native_only
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("score", ["router", "logits"])
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+@pytest.mark.parametrize("T", [0, 1, 40])
+def test_one_call_has_the_bits_of_two(
+    T: int, routing: dict[str, Any], score: str, dtype: torch.dtype, backend: str
+) -> None:
+    """Twice each: the second one repeats what the first has learned."""
+    case = cases.MoeCase(score, T=T, E=6, D=40, F=33, bias=True, options=routing)
+    args, options = case.build(dtype)
+    mlp = {name: options[name] for name in MLP_OPTIONS if name in options}
+    for _ in range(2):
+        got = gk.moe(*args, **options)
+        if score == "logits":
+            want = _composed(*args, **options, backend=backend)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        again = gk.expert_mlp(args[0], got[1], got[2], *args[1:3], *args[6:8], **mlp)
+        assert torch.equal(got[0], again)
+    if T == 40 and ("capacity" in options or "adaptive" in options):
+        assert bool((got[2] == 6).any())  # unused slots
+
+
+@native_only
+@pytest.mark.parametrize("noise", [False, True])
+def test_one_call_passes_bias_and_noise(noise: bool, backend: str) -> None:
+    args, _ = cases.MoeCase("logits", T=9).build()
+    random = torch.Generator().manual_seed(5)
+    bias_E, noise_TE = (torch.randn(shape, generator=random) for shape in ((5,), (9, 5)))
+    given = (*args, None, noise_TE) if noise else (*args, bias_E, None)
+    options: dict[str, Any] = {"noise_std": 0.5} if noise else {"policy": "sigmoid"}
+    got, want = gk.moe(*given, **options), _composed(*given, **options, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not torch.equal(gk.moe(*args, **options)[2], got[2])
+
+
+@native_only
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("router_dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_scores_are_sums_in_float32(
+    dtype: torch.dtype, router_dtype: torch.dtype, strided: bool, backend: str
+) -> None:
+    """Sigmoid gates tell the scores; rounded to bfloat16 these would be 2^-9 away."""
+    T, E, D = 7, 37, 1000
+    random = torch.Generator().manual_seed(3)
+    x_TD = torch.randn(T, D, generator=random).to(dtype)
+    router_ED = (torch.randn(E, D, generator=random) * D**-0.5).to(router_dtype)
+    if strided:
+        x_TD, router_ED = (t.mT.contiguous().mT for t in (x_TD, router_ED))
+    up_EHD, down_EDF = torch.ones(E, 2, D, dtype=dtype), torch.ones(E, D, 1, dtype=dtype)
+    out = gk.moe(x_TD, up_EHD, down_EDF, E, router_ED, policy="sigmoid", backend=backend)
+    chosen_TK = torch.logit(out[1].double())
+    score_TE = torch.empty_like(chosen_TK).scatter_(1, out[2].long(), chosen_TK)
+    truth = x_TD.double() @ router_ED.double().mT
+    sizes = x_TD.double().abs() @ router_ED.double().abs().mT
+    # A gate is rounded to float32 too, which moves its logit by a share of 1 / (p (1 - p)).
+    slope = 1 / (truth.sigmoid() * torch.sigmoid(-truth))
+    assert ((score_TE - truth).abs() <= 1e-6 * sizes + 3e-7 * slope).all()
+
+
+@native_only
+def test_frozen_weights_are_checked_in_every_call(backend: str) -> None:
+    args, _ = cases.MoeCase().build()
+    want, frozen_E = gk.moe(*args, backend=backend), torch.ones(5, dtype=torch.bool)
+    got = gk.moe(*args[:8], frozen_E)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match=r"expert_mlp: frozen_E must be of shape \(5,\)"):
+        gk.moe(*args[:8], frozen_E[:4])
+
+
+@native_only
+def test_autocast_has_the_bits_of_two_calls(backend: str) -> None:
+    args, _ = cases.MoeCase("logits", T=21, bias=True).build()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = gk.moe(*args), _composed(*args, backend=backend)
+    assert got[0].dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("backend", backends_of("moe"))
+def test_compiles_whole_without_gradients(backend: str) -> None:
+    args, options = cases.MoeCase(bias=True, options={"renormalize": True}).build()
+
+    def layer(*a: Any) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = gk.moe(*a, **options, backend=backend)
+        return outputs
+
+    with torch.no_grad():
+        got = torch.compile(layer, fullgraph=True, backend="aot_eager")(*args)
+        assert all(torch.equal(a, b) for a, b in zip(got, layer(*args), strict=True))
 
 
 def test_is_a_dense_softmax_mixture_when_every_expert_serves() -> None:
@@ -235,7 +343,8 @@ def test_compiles_whole_with_gradients() -> None:
 
     def loss(*a: Any) -> Tensor:
         outputs = gk.moe(*a, **options)
-        return outputs[0].square().sum() + outputs[6].sum()
+        total: Tensor = outputs[0].square().sum() + outputs[6].sum()
+        return total
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*args)
     eager = loss(*args)

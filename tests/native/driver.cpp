@@ -428,7 +428,9 @@ void grouped_gemms() {
                                .stride_packed = packed_bytes(w, false),
                                .threads = kThreads,
                                .cache = cpu::cache_bytes(),
-                               .dtype = dtype};
+                               .dtype = dtype,
+                               .dtype_w = dtype,
+                               .dtype_y = dtype};
         run_with_scratch(cpu::kernels().grouped_gemm, p);
         std::vector<double> want(N * F);
         for (int64_t e = 0; e < E; ++e) {
