@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -74,6 +76,47 @@ def oracle(
             token = token + weight_TK[t, k] * (y + (0 if bias_down_ED is None else bias_down_ED[e]))
         out.append(token)
     return torch.stack(out) if out else torch.zeros_like(x_TD)
+
+
+def forward_error_bound(
+    args: tuple[Any, ...], options: dict[str, Any], dtype: torch.dtype
+) -> Tensor:
+    """TD float64: how far rounding carries each output of a kernel that sums in float32 and rounds
+    the hidden units and the outputs to `dtype`. args: in float64, weights neither transposed nor
+    interleaved, no limit.
+
+    First-order analysis with independent roundings (Higham and Mary, 2019) at 5 standard
+    deviations. For shapes where a few sums decide the whole tensor, so that its norm is a draw.
+    """
+    x_TD, weight_TK, expert_TK, up_EHD, down_EDF, bias_up_EH, bias_down_ED, *_ = args
+    rounding, single = torch.finfo(dtype).eps / 2, 2.0**-24
+    bound_TD = rounding * oracle(*args, **options).abs()
+    for t, k in product(range(x_TD.shape[0]), range(weight_TK.shape[1])):
+        e = int(expert_TK[t, k])
+        if e == up_EHD.shape[0]:
+            continue
+        terms_HD = up_EHD[e] * x_TD[t]
+        pre_H = terms_HD.sum(1) + (0 if bias_up_EH is None else bias_up_EH[e])
+        pre_H.requires_grad_()
+        hidden_F = _act(pre_H, options["activation"], False, None, options.get("alpha", 1.702))
+        slope_H = torch.autograd.grad(hidden_F.sum(), pre_H)[0].abs()
+        pre_H, hidden_F = pre_H.detach(), hidden_F.detach()
+        error_2F = (slope_H * _error_of_sum(terms_HD, pre_H, single)).reshape(-1, len(hidden_F))
+        # gelu(x) = x / 2 * (1 + erf): for x << 0 the rounding of erf outweighs that of the product.
+        linear_F = pre_H.abs().reshape(-1, len(hidden_F)).prod(0)
+        error_F = error_2F.sum(0) + single * (4 * hidden_F.abs() + linear_F)
+        terms_DF = down_EDF[e] * hidden_F
+        y_D = terms_DF.sum(1) + (0 if bias_down_ED is None else bias_down_ED[e])
+        rounded_D = (rounding * terms_DF.abs()).sum(1).minimum(3 * rounding * terms_DF.norm(dim=1))
+        error_D = (down_EDF[e] * error_F).norm(dim=1) + rounded_D
+        error_D += _error_of_sum(terms_DF, y_D, single)
+        bound_TD[t] += weight_TK[t, k].abs() * (error_D + 2 * single * y_D.abs())
+    return bound_TD
+
+
+def _error_of_sum(terms: Tensor, total: Tensor, unit: float) -> Tensor:
+    """5 standard deviations of a sequential sum over the last dimension."""
+    return 2 * unit * math.sqrt(terms.shape[-1]) * (terms.norm(dim=-1) + total.abs())
 
 
 def double(args: tuple[Any, ...]) -> tuple[Any, ...]:
