@@ -6,6 +6,8 @@ round; quiet_flops and unit, the probe; rejected; commit; and peers, each with i
 kind    steady   one call on packed weights
         unseen   the first call on a number of tokens never seen before; steady_seconds beside it
         pack     packing the weights once
+        train    forward and backward with all gradients; backward_seconds beside it, ours also with
+                 frozen experts, and peak_bytes, the memory beyond weights and their gradients
 """
 
 from __future__ import annotations
@@ -95,6 +97,33 @@ def table(cells: Iterable[Cell]) -> str:
             f"| {floor:.3g} {cell['bound']} | {_ms(found.get(OURS))} | {peer} "
             f"| {_times(speedup(cell, best))} "
             f"| {_times(speedup(cell, DEFAULT_OF_TRANSFORMERS))} |"
+        )
+    return "\n".join(lines)
+
+
+def train_table(cells: Iterable[Cell]) -> str:
+    """Train cells as Markdown."""
+    lines = [
+        "| layer | T | floor ms | `gose` | grouped_mm / `gose` | eager / `gose` "
+        "| extra memory of grouped_mm, `gose` | backward, 75 % of the experts frozen |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        peers, found = cell["peers"], figures(cell)
+        ours = peers.get(OURS, {})
+        memory = ", ".join(
+            f"{peers[name]['peak_bytes'] / 1e6:.0f} MB"
+            if "peak_bytes" in peers.get(name, {})
+            else "–"
+            for name in (DEFAULT_OF_TRANSFORMERS, OURS)
+        )
+        frozen = ours.get("frozen_backward_seconds")
+        share = f"{_rounds.ratio(frozen, ours['backward_seconds']):.2f}×" if frozen else "–"
+        floor = statistics.median(cell["floor_seconds"] or [0]) * 1e3
+        lines.append(
+            f"| {cell['shape']} {cell['dtype']} | {cell['tokens']} | {floor:.3g} {cell['bound']} "
+            f"| {_ms(found.get(OURS))} | {_times(speedup(cell, DEFAULT_OF_TRANSFORMERS))} "
+            f"| {_times(speedup(cell, 'hf_eager'))} | {memory} | {share} |"
         )
     return "\n".join(lines)
 

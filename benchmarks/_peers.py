@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,12 +46,23 @@ class Inputs(NamedTuple):
     expert_TK: Tensor  # int64
 
 
+class Step(NamedTuple):
+    """One forward and backward."""
+
+    forward_seconds: float
+    backward_seconds: float
+    out_TD: Tensor
+    gradients: tuple[Tensor, ...]  # of x, the routing's weights, up, down
+
+
 class Built(NamedTuple):
     """A layer that holds what it needs of its weights."""
 
     bind: Callable[[Inputs], Callable[[], Tensor]]  # gives the call that is timed; it gives out_TD
     # packs the weights once more; None for a layer that takes them as they are
     pack: Callable[[], object] | None = None
+    # (inputs, share of frozen experts) -> a training step; None for an inference kernel
+    train: Callable[[Inputs, float], Callable[[], Step]] | None = None
 
 
 Build = Callable[[Shape, Weights], Built]
@@ -91,6 +103,26 @@ def inputs(shape: Shape, dtype: torch.dtype, tokens: int, routing: int) -> Input
     return Inputs(x_TD, weight_TK.to(dtype).float(), order_TE[:, : shape.top_k].contiguous())
 
 
+def training(call: Callable[..., Tensor], given: Inputs, weights: Weights) -> Callable[[], Step]:
+    """Steps of `call(x_TD, weight_TK, up_EHD, down_EDF)`, gradients of all four let go before."""
+    leaves = [t.detach().requires_grad_() for t in (given.x_TD, given.weight_TK, *weights)]
+    seed = torch.Generator().manual_seed(0)
+    grad_TD = torch.randn(given.x_TD.shape, generator=seed).to(given.x_TD.dtype)
+
+    def step() -> Step:
+        for leaf in leaves:
+            leaf.grad = None
+        start = time.perf_counter()
+        out_TD = call(*leaves)
+        middle = time.perf_counter()
+        out_TD.backward(grad_TD.to(out_TD.dtype))
+        end = time.perf_counter()
+        gradients = tuple(leaf.grad for leaf in leaves if leaf.grad is not None)
+        return Step(middle - start, end - middle, out_TD.detach(), gradients)
+
+    return step
+
+
 def gose(shape: Shape, weights: Weights) -> Built:
     """`gk.expert_mlp`, its fastest backend."""
     import gose_kernels as gk
@@ -99,8 +131,18 @@ def gose(shape: Shape, weights: Weights) -> Built:
         id_TK = given.expert_TK.int()
         return lambda: gk.expert_mlp(given.x_TD, given.weight_TK, id_TK, *weights)
 
+    def train(given: Inputs, frozen: float) -> Callable[[], Step]:
+        E, id_TK = shape.num_experts, given.expert_TK.int()
+        frozen_E = torch.arange(E) < frozen * E if frozen else None
+
+        def call(x_TD: Tensor, weight_TK: Tensor, *weights: Tensor) -> Tensor:
+            out_TD: Tensor = gk.expert_mlp(x_TD, weight_TK, id_TK, *weights, frozen_E=frozen_E)
+            return out_TD
+
+        return training(call, given, weights)
+
     reason = gk.native.why_not()
-    return Built(bind, None if reason else lambda: gk.pack_experts(*weights))
+    return Built(bind, None if reason else lambda: gk.pack_experts(*weights), train)
 
 
 def _transformers(implementation: str) -> Build:
@@ -129,7 +171,20 @@ def _transformers(implementation: str) -> Build:
             gate_TK = given.weight_TK.to(given.x_TD.dtype)
             return lambda: experts(given.x_TD, given.expert_TK, gate_TK)
 
-        return Built(bind)
+        def train(given: Inputs, frozen: float) -> Callable[[], Step]:
+            if frozen:
+                raise CannotRunError("gives every expert a gradient")
+
+            def call(x_TD: Tensor, weight_TK: Tensor, up_EHD: Tensor, down_EDF: Tensor) -> Tensor:
+                held = {"gate_up_proj": up_EHD, "down_proj": down_EDF}
+                routing = (given.expert_TK, weight_TK)
+                out_TD: Tensor = torch.func.functional_call(experts, held, (x_TD, *routing))
+                return out_TD
+
+            gate_TK = given.weight_TK.to(given.x_TD.dtype)
+            return training(call, given._replace(weight_TK=gate_TK), weights)
+
+        return Built(bind, None, train)
 
     return build
 

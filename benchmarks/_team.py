@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,14 @@ def gathered(
     shape: Shape,
     dtype: str,
     truths: Sequence[tuple[int, int]],
+    trained: Iterable[int] = (),
     *,
     threads: int,
     pythons: Sequence[str],
     environment: Mapping[str, str],
 ) -> Iterator[Team]:
-    """A team on fresh weights, with the truth for these (tokens, routing).
+    """A team on fresh weights, with the truth for these (tokens, routing), and of training steps
+    on these numbers of tokens.
 
     A peer runs in the first of `pythons` that has it.
     """
@@ -165,6 +167,8 @@ def gathered(
             maker.ask("make", folder=folder, seed=0, **layer)
             for tokens, routing in truths:
                 maker.ask("truth", folder=folder, tokens=tokens, routing=routing, **layer)
+            for tokens in trained:
+                maker.ask("train_truth", folder=folder, tokens=tokens, **layer)
         finally:
             maker.close()
         team = Team(folder)

@@ -31,6 +31,9 @@ DTYPES = ("bfloat16", "float32")
 UNSEEN_TOKENS = (16, 256)
 # Relative L2 error above which a peer computes something else.
 ERROR_LIMIT = {"bfloat16": 1e-2, "float32": 1e-5}
+# Of the experts, in the second of our backwards.
+FROZEN_SHARE = 0.75
+_FROZEN = "frozen"
 # A peer of which one call takes longer is not timed.
 _SLOW_SECONDS = 10.0
 
@@ -66,7 +69,12 @@ class Bench:
 
     def measure(self, cell: Mapping[str, Any]) -> dict[str, Any]:
         """The cell with its results."""
-        measure = {"steady": self._steady, "unseen": self._unseen, "pack": self._pack}
+        measure = {
+            "steady": self._steady,
+            "unseen": self._unseen,
+            "pack": self._pack,
+            "train": self._train,
+        }
         self._bandwidth = {}
         peers, taken, floor = measure[cell["kind"]](cell)
         for name, seconds in taken.seconds.items():
@@ -177,6 +185,51 @@ class Bench:
         weight_bytes = 3 * E * D * F * _itemsize(self._plan.dtype)
         return peers, taken, lambda _, b: (2 * weight_bytes / b, "memory")
 
+    def _train(self, cell: Mapping[str, Any]) -> _Measured:
+        tokens, shape = cell["tokens"], self._plan.shape
+        peers = {
+            name: self._team.ask(name, "train_check", folder=self._team.folder, tokens=tokens)
+            for name in list(self._team.workers)
+        }
+        for found in peers.values():
+            # A gradient is made from two rounded tensors.
+            if not (error := found.get("error", 0.0)) <= 2 * ERROR_LIMIT[self._plan.dtype]:
+                found["reason"] = f"wrong: relative error {error:.1e}"
+            found["first_seconds"] = found.pop("seconds", None)
+        backward: dict[str, dict[int, float]] = {name: {} for name in [*peers, _FROZEN]}
+
+        def contestant(name: str) -> Callable[[int], float]:
+            def step(index: int, row: str, frozen: float) -> float:
+                self._flush(index)
+                done = self._team.ask(name, "train", tokens=tokens, frozen=frozen)
+                backward[row][index] = done.get("backward_seconds", float("nan"))
+                return float(done.get("seconds", "nan"))
+
+            def one(index: int) -> float:
+                seconds = step(index, name, 0.0)
+                if name == _cells.OURS:
+                    step(index, _FROZEN, FROZEN_SHARE)
+                return seconds
+
+            return one
+
+        able = [name for name, found in peers.items() if "reason" not in found]
+        taken = self._run({name: contestant(name) for name in able})
+        for name in able:
+            peers[name]["backward_seconds"] = [backward[name][i] for i in taken.numbers]
+        if _cells.OURS in able:
+            of_frozen = [backward[_FROZEN][i] for i in taken.numbers]
+            peers[_cells.OURS]["frozen_backward_seconds"] = of_frozen
+
+        def floor(index: int, bandwidth: float) -> tuple[float, str]:
+            forward, _ = self._floor(tokens, 0, float("inf"))
+            E, _, D, F = shape[1:]
+            # The weights are read by the forward and by the backward, their gradients written.
+            moved = 3 * (3 * E * D * F) * _itemsize(self._plan.dtype)
+            return max((moved / bandwidth, "memory"), (3 * forward, "compute"))
+
+        return peers, taken, floor
+
     def _floor(self, tokens: int, routing: int, bandwidth: float) -> tuple[float, str]:
         """Seconds that reading the touched experts, or the products, must take; and which."""
         shape, itemsize = self._plan.shape, _itemsize(self._plan.dtype)
@@ -213,6 +266,8 @@ def plans(options: argparse.Namespace) -> Iterator[Plan]:
                             for caches in options.caches
                         ]
                     other = {**common, "caches": "cold"}
+                    if "train" in options.rows:
+                        cells += [{**other, "kind": "train", "tokens": t} for t in options.tokens]
                     if "unseen" in options.rows and allocator == "kept":
                         wanted = [t for t in options.tokens if t in UNSEEN_TOKENS]
                         cells += [{**other, "kind": "unseen", "tokens": t} for t in wanted]
@@ -266,12 +321,14 @@ def run(
         if unit not in gates:
             known = [c["quiet_flops"] for c in cells.values() if c["unit"] == unit]
             gates[unit] = _rounds.Gate(partial(probe, unit), max(known, default=0.0))
-        tokens = {cell["tokens"] for cell in wanted if cell["kind"] != "pack"}
+        tokens = {cell["tokens"] for cell in wanted if cell["kind"] in ("steady", "unseen")}
+        trained = {cell["tokens"] for cell in wanted if cell["kind"] == "train"}
         with _team.gathered(
             options.peers,
             plan.shape,
             plan.dtype,
             [(t, routing) for t in sorted(tokens) for routing in range(num_routings(t))],
+            trained,
             threads=options.threads,
             pythons=[sys.executable, *options.peer_python],
             environment={**_team.ALLOCATORS[plan.allocator], **_team.CAPS[plan.cap]},
@@ -293,11 +350,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     names = [name for name in SHAPES if name != "tiny"]
     many: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     parser.add_argument("--quick", action="store_true", help="V-MoE size, 1 and 64 tokens")
+    parser.add_argument(
+        "--train", action="store_true", help="forward + backward, at 256 and 1024 tokens"
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default=names, **many)
     parser.add_argument("--tokens", type=int, default=list(TOKENS), nargs="+", metavar="T")
     parser.add_argument("--dtype", choices=DTYPES, default=list(DTYPES), **many)
     parser.add_argument("--peers", choices=list(PEERS), default=list(PEERS), **many)
-    parser.add_argument("--rows", choices=("steady", "unseen", "pack"), **many)
+    parser.add_argument("--rows", choices=("steady", "unseen", "pack", "train"), **many)
     parser.add_argument("--allocator", choices=list(_team.ALLOCATORS), **many)
     parser.add_argument("--caches", choices=("cold", "warm"), **many)
     parser.add_argument(
@@ -316,6 +376,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         allocator=list(_team.ALLOCATORS),
         caches=["cold", "warm"],
     )
+    if "--train" in argv:
+        parser.set_defaults(
+            rows=["train"],
+            tokens=[256, 1024],
+            peers=["gose", "hf_eager", "hf_grouped"],
+            allocator=["kept"],
+        )
     if "--quick" in argv:
         parser.set_defaults(
             shape=["vmoe"],
@@ -360,5 +427,7 @@ def main(argv: Sequence[str]) -> int:
     first = {"allocator": options.allocator[0], "caches": options.caches[0], "cap": options.cap[0]}
     if options.plot and (drawn := [cell for cell in steady if first.items() <= cell.items()]):
         _cells.plot(drawn, options.plot)
+    if trained := [cell for cell in cells.values() if cell["kind"] == "train"]:
+        print(f"\n{_cells.train_table(trained)}")
     print(f"wrote {path}")
     return 0

@@ -109,6 +109,17 @@ def layer_table() -> str:
     return _measured("layer", table)
 
 
+def train_table() -> str:
+    """Training steps of expert_mlp against transformers' ways."""
+
+    def table(result: dict[str, Any]) -> str:
+        cells = [c for c in result["cells"].values() if c["kind"] == "train"]
+        cells.sort(key=lambda c: (list(SHAPES).index(c["shape"]), c["dtype"], c["tokens"]))
+        return _cells.train_table(cells)
+
+    return _measured("layer", table)
+
+
 def route_table() -> str:
     """route against the chain of torch ops."""
     return _measured("route", lambda result: route.table(result["rows"]))
@@ -160,6 +171,7 @@ BLOCKS = {
     "system": system_table,
     "model": model_table,
     "layer": layer_table,
+    "train": train_table,
     "route": route_table,
     "masked": masked_table,
     "quantize": partial(rows_table, "quantize"),

@@ -8,6 +8,7 @@ import statistics
 import pytest
 import torch
 
+import gose_kernels as gk
 from benchmarks import _cells, _peers, _record, _roofline, _rounds, _team, _worker, layer
 from tests import readme
 
@@ -187,6 +188,58 @@ def test_cells_are_measured_once(tmp_path):
             assert reason == "No module named 'transformers'"
         for peer in cell["peers"].values():
             assert "reason" in peer or len(peer["seconds"]) == 2 == len(cell["floor_seconds"])
+
+
+def _half_a_gradient(shape, weights):
+    """Its gradient of x lacks the last expert's share."""
+    built = _peers.gose(shape, weights)
+
+    def train(given, _):
+        id_TK = given.expert_TK.int()
+        no_expert_TK = torch.where(id_TK == shape.num_experts - 1, shape.num_experts, id_TK)
+
+        def call(x_TD, weight_TK, *weights):
+            whole = gk.expert_mlp(x_TD.detach(), weight_TK, id_TK, *weights)
+            part = gk.expert_mlp(x_TD, weight_TK.detach(), no_expert_TK, *weights)
+            return whole + part - part.detach()
+
+        return _peers.training(call, given, weights)
+
+    return built._replace(train=train)
+
+
+def test_training_steps_are_checked_and_timed(monkeypatch):
+    found = []
+
+    class Here(_team.Process):
+        """A worker in this process."""
+
+        def __init__(self, _python, peer, *_):
+            self._worker = _worker.Worker(peer)
+
+        def ask(self, do, **arguments):
+            return json.loads(json.dumps(self._worker.answer({"do": do, **arguments})))
+
+        def close(self):
+            return ""
+
+    wrong = _peers.Peer("gose", _half_a_gradient)
+    peers = {**_peers.PEERS, "wrong": wrong}
+    monkeypatch.setattr(_worker, "PEERS", peers)
+    monkeypatch.setattr(_team, "Process", Here)
+    options = _options("--rows", "train", "--tokens", "9", "--peers", "gose", "sglang")
+    options.peers = ["gose", "wrong"]
+    layer.run(options, lambda cells: found.append(dict(cells)), {}, _probe)
+    (cell,) = found[0].values()
+    ours = cell["peers"]["gose"]
+    assert ours["error"] < 2e-6 and cell["peers"]["wrong"]["reason"].startswith("wrong")
+    for name in ("seconds", "backward_seconds", "frozen_backward_seconds"):
+        assert len(ours[name]) == 2
+    assert all(b < s for b, s in zip(ours["backward_seconds"], ours["seconds"], strict=True))
+    # Three matrices of 4 experts move thrice at least.
+    moved = 3 * 3 * 4 * 64 * 96 * 4
+    assert cell["floor_seconds"][0] >= moved / cell["bandwidth"][0]
+    assert "| tiny float32 | 9 |" in _cells.train_table([cell])
 
 
 def test_results_of_another_machine_are_refused(tmp_path, capsys):
