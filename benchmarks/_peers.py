@@ -63,6 +63,7 @@ class Built(NamedTuple):
     pack: Callable[[], object] | None = None
     # (inputs, share of frozen experts) -> a training step; None for an inference kernel
     train: Callable[[Inputs, float], Callable[[], Step]] | None = None
+    release: Callable[[], object] | None = None  # lets go of memory kept between calls
 
 
 Build = Callable[[Shape, Weights], Built]
@@ -142,7 +143,8 @@ def gose(shape: Shape, weights: Weights) -> Built:
         return training(call, given, weights)
 
     reason = gk.native.why_not()
-    return Built(bind, None if reason else lambda: gk.pack_experts(*weights), train)
+    pack = None if reason else lambda: gk.pack_experts(*weights)
+    return Built(bind, pack, train, gk.memory.release)
 
 
 def _transformers(implementation: str) -> Build:

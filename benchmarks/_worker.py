@@ -10,9 +10,9 @@
     {"do": "train_check", "folder", "tokens"}               -> {"error", "seconds", "peak_bytes"}
     {"do": "train", "tokens", "frozen"}                     -> {"seconds", "backward_seconds"}
 
-The error of a step is the largest of those of the output, of the gradient of x and of the gradients
-of the expert with most tokens. peak_bytes: how far the process grew in its first step, less the
-gradients of the weights.
+The error of a step is the largest of those of its output, of the gradient of x and of the gradients
+of the expert with most tokens. peak_bytes: how far the process grew in a step that began without
+kept memory, less the gradients of the weights.
 
 Every answer is one line: a JSON object, with "reason" where the peer cannot do what was asked. Any
 other failure ends the process with its traceback. Weights lie in files that all workers map; inputs
@@ -132,6 +132,7 @@ class Worker:
         self._peer = peer
         self._shape: Shape | None = None
         self._dtype = torch.float32
+        self._weights: Sequence[Tensor] = ()
         self._built: Built | None = None
         self._calls: dict[tuple[int, int], Callable[[], Tensor]] = {}
         self._steps: dict[tuple[int, float], Callable[[], Step]] = {}
@@ -163,8 +164,9 @@ class Worker:
     def do_build(self, folder: str) -> dict[str, Any]:
         assert self._shape is not None
         peer = PEERS[self._peer]
+        self._weights = _map(folder, self._shape, self._dtype)
         try:
-            self._built = peer.build(self._shape, _map(folder, self._shape, self._dtype))
+            self._built = peer.build(self._shape, self._weights)
         except (ImportError, CannotRunError) as error:
             return {"reason": str(error)}
         try:
@@ -229,8 +231,12 @@ class Worker:
         warm = PEERS[self._peer].build(small, weights).train
         assert warm is not None
         warm(inputs(small, self._dtype, 5, 0), 0.0)()
-        for w in _map(folder, self._shape, self._dtype):
+        for w in self._weights:
             w.view(-1)[::1024].sum()  # its pages are the process's from now on
+        self._steps.clear()
+        if self._built.release is not None:
+            self._built.release()
+        ctypes.CDLL(None).malloc_trim(0)
         step, e = self._step(tokens, 0.0), _busiest(inputs(self._shape, self._dtype, tokens, 0))
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before, start = _memory("VmRSS"), time.perf_counter()
