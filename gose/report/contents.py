@@ -394,17 +394,22 @@ def _counters(rows: Sequence[Row]) -> Part:
 
 def _time(timings: Sequence[Row]) -> Part:
     phases = _by((row for row in timings if "phase" in row and "seconds" in row), "phase")
-    seconds = {
-        phase: _sum(row["seconds"] for row in of_phase) for phase, of_phase in phases.items()
-    }
-    total = _sum(seconds.values()) or 1.0
-    lines = [
-        (phase, str(len(phases[phase])), f"{spent:.1f} s", percent(spent / total))
-        for phase, spent in seconds.items()
-    ]
-    lines.append(("all", str(sum(map(len, phases.values()))), f"{total:.1f} s", percent(1.0)))
-    table = Table(("phase", "units", "wall time", "share"), lines)
-    return Part("Time", "Wall time of the units of this run.", [table] if phases else [])
+    total = _sum(row["seconds"] for rows in phases.values() for row in rows) or 1.0
+
+    def line(name: str, rows: Sequence[Row]) -> tuple[str, ...]:
+        spent = _sum(row["seconds"] for row in rows)
+        in_kernels = _sum(row["kernel_seconds"] for row in rows) / (spent or 1.0)
+        share = percent(spent / total)
+        return (name, str(len(rows)), f"{spent:.1f} s", share, percent(in_kernels))
+
+    lines = [line(phase, rows) for phase, rows in phases.items()]
+    lines.append(line("all", [row for rows in phases.values() for row in rows]))
+    table = Table(("phase", "units", "wall time", "share", "of it in gose kernels"), lines)
+    text = (
+        "Wall time of the units of this run. What the kernels gain over their torch references: "
+        "python -m benchmarks system."
+    )
+    return Part("Time", text, [table] if phases else [])
 
 
 def _environment(environment: Mapping[str, Any]) -> Part:
