@@ -11,8 +11,8 @@
 
 namespace gose {
 
-// The numbers of pack_options in gose_kernels/ops/route.py, which has checked them: one tensor, kept from
-// call to call, where fourteen arguments of their own would cost 4 us each time.
+// The numbers of pack_options in gose_kernels/ops/route.py, which has checked them: one tensor,
+// kept from call to call, where fourteen arguments of their own would cost 4 us each time.
 struct RouteOptions {
   RoutePolicy policy;
   bool softmax_before, renormalize, sigmoid_gate;

@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -52,6 +53,14 @@ class ScratchPool {
         free_.erase(free_.begin() + best);
         held_ -= found.bytes;
         return found;
+      }
+      // The largest was outgrown: it goes before a larger one comes, not after.
+      const auto largest = std::max_element(free_.begin(), free_.end(),
+                                            [](Buffer a, Buffer b) { return a.bytes < b.bytes; });
+      if (largest != free_.end()) {
+        held_ -= largest->bytes;
+        free(largest->data);
+        free_.erase(largest);
       }
     }
     constexpr int64_t kPage = int64_t{1} << 21;

@@ -43,11 +43,23 @@ struct Gemm {
   int64_t block_rows;  // at most, of one block
   const char* packed;  // expert 0's panels, or null
   int64_t stride_packed;
-  const PackParams* raw;  // the weights themselves, packed run by run where there is no copy
-  char* buffer;           // of every thread, for one run: kRunBytes
-  int64_t panels, K, panel_bytes, threads;
+  const PackParams* raw;        // the weights themselves, packed run by run where there is no copy
+  char* buffer;                 // of every thread, for one run: kRunBytes
+  int64_t first_panel, panels;  // which are multiplied
+  int64_t K, panel_bytes, threads;
   Item* items;  // room for items_at_most()
 };
+
+// Of the sums of all rows, one row per slot of a token, this much is kept at a time: all of them
+// would be a layer's largest scratch.
+constexpr int64_t kSlotBytes = int64_t{32} << 20;
+
+// Columns of D that a pass makes; whole panels. Weights that are packed as they are read come in
+// pieces of rows this wide: at 256 columns the backward took 5 % longer than at 1024.
+inline int64_t columns_of_pass(int64_t rows, int64_t D) {
+  const int64_t fitting = kSlotBytes / 4 / most(rows, 1) / kPanel * kPanel;
+  return least(D, most(fitting, 16 * kPanel));
+}
 
 // Weights that a thread packs at a time: a part of the last-level cache.
 constexpr int64_t kRunBytes = int64_t{4} << 20;
@@ -74,8 +86,8 @@ inline int64_t make_items(const Gemm& g) {
     const int64_t run = least(least(g.panels, fitting), most(floor, share / rows));
     const int64_t runs = ceil_div(g.panels, most(run, 1));
     for (int64_t i = 0; i < runs; ++i) {
-      g.items[count++] = {int32_t(e), int32_t(g.panels * i / runs),
-                          int32_t(g.panels * (i + 1) / runs)};
+      g.items[count++] = {int32_t(e), int32_t(g.first_panel + g.panels * i / runs),
+                          int32_t(g.first_panel + g.panels * (i + 1) / runs)};
     }
   }
   return count;

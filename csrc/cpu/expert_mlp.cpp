@@ -14,6 +14,7 @@ struct Layout {
   int64_t panels_up, panels_down, panel_up_bytes, panel_down_bytes;
   int64_t stride_x, stride_hidden;               // bytes
   int64_t block_rows, gathered_bytes;            // of one block, of a thread
+  int64_t columns;                               // of the output, made in one pass
   int64_t runs, gathered, hidden, slots, bytes;  // offsets
 
   explicit Layout(const ExpertMlpParams& p) : micro(&micro_gemm(p.dtype)), rows(p.offset[p.E]) {
@@ -31,7 +32,8 @@ struct Layout {
     gathered = runs + (p.up == nullptr ? p.threads * run : 0);
     hidden = gathered + p.threads * gathered_bytes;
     slots = hidden + rows * stride_hidden;
-    bytes = slots + rows * p.D * 4;
+    columns = columns_of_pass(rows, p.D);
+    bytes = slots + rows * columns * 4;
   }
 };
 
@@ -143,7 +145,7 @@ void finish_down(const ExpertMlpParams& p, const Layout& at, const Block& block,
     for (int64_t r = 0; r < count; ++r) sums[r * kPanel + c] += bias;
   }
   for (int64_t r = 0; r < count; ++r) {
-    float* to = slots + (block.first + first + r) * p.D + d0;
+    float* to = slots + (block.first + first + r) * at.columns + d0 % at.columns;
     if (real == kPanel) {
       for (int64_t c = 0; c < kPanel; c += kLanes) store(to + c, load(sums + r * kPanel + c));
     } else {
@@ -152,25 +154,28 @@ void finish_down(const ExpertMlpParams& p, const Layout& at, const Block& block,
   }
 }
 
-// out[t] = sum_k weight[t, k] * slots[row[t, k]]
+// out[t, d] = sum_k weight[t, k] * slots[row[t, k], d - from], for the columns of one pass.
 template <class Float>
-void combine_slots(const ExpertMlpParams& p, const float* slots, int64_t begin, int64_t end) {
+void combine_slots(const ExpertMlpParams& p, const Layout& at, int64_t from, int64_t begin,
+                   int64_t end) {
+  const int64_t columns = least(at.columns, p.D - from);
   for (int64_t t = begin; t < end; ++t) {
     const float* weight = p.weight + t * p.K;
     const int32_t* row = p.row + t * p.K;
-    Float* out = static_cast<Float*>(p.out) + t * p.D;
+    const float* slots = reinterpret_cast<const float*>(p.scratch + at.slots);
+    Float* out = static_cast<Float*>(p.out) + t * p.D + from;
     int64_t d = 0;
-    for (; d + kLanes <= p.D; d += kLanes) {
+    for (; d + kLanes <= columns; d += kLanes) {
       vf sum = {};
       for (int64_t k = 0; k < p.K; ++k) {
-        if (row[k] >= 0) sum += weight[k] * load(slots + row[k] * p.D + d);
+        if (row[k] >= 0) sum += weight[k] * load(slots + row[k] * at.columns + d);
       }
       store(out + d, sum);
     }
-    for (; d < p.D; ++d) {
+    for (; d < columns; ++d) {
       float sum = 0.f;
       for (int64_t k = 0; k < p.K; ++k) {
-        if (row[k] >= 0) sum += weight[k] * slots[row[k] * p.D + d];
+        if (row[k] >= 0) sum += weight[k] * slots[row[k] * at.columns + d];
       }
       from_float(sum, out + d);
     }
@@ -187,6 +192,7 @@ void layer(const ExpertMlpParams& p, const Layout& at, const Parallel& threads) 
                .stride_packed = p.stride_packed,
                .raw = p.up == nullptr ? &p.raw_up : nullptr,
                .buffer = p.scratch + at.runs,
+               .first_panel = 0,
                .panels = at.panels_up,
                .K = at.K_up,
                .panel_bytes = at.panel_up_bytes,
@@ -200,20 +206,22 @@ void layer(const ExpertMlpParams& p, const Layout& at, const Parallel& threads) 
       });
   gemm.packed = p.down;
   gemm.raw = p.down == nullptr ? &p.raw_down : nullptr;
-  gemm.panels = at.panels_down;
   gemm.K = at.K_down;
   gemm.panel_bytes = at.panel_down_bytes;
-  multiply(
-      gemm, threads,
-      [&](const Block& block, int64_t) {
-        return Rows{p.scratch + at.hidden + block.first * at.stride_hidden, at.stride_hidden};
-      },
-      [&](const Block& block, int64_t first, int64_t count, int64_t panel, float* sums) {
-        finish_down(p, at, block, first, count, panel, sums);
-      });
-  const float* slots = reinterpret_cast<const float*>(p.scratch + at.slots);
-  parallel_for(threads, p.T, grain_of(p.K * p.D * 4),
-               [&](int64_t begin, int64_t end) { combine_slots<Float>(p, slots, begin, end); });
+  for (int64_t d = 0; d < p.D; d += at.columns) {
+    gemm.first_panel = d / kPanel;
+    gemm.panels = ceil_div(least(at.columns, p.D - d), kPanel);
+    multiply(
+        gemm, threads,
+        [&](const Block& block, int64_t) {
+          return Rows{p.scratch + at.hidden + block.first * at.stride_hidden, at.stride_hidden};
+        },
+        [&](const Block& block, int64_t first, int64_t count, int64_t panel, float* sums) {
+          finish_down(p, at, block, first, count, panel, sums);
+        });
+    parallel_for(threads, p.T, grain_of(p.K * at.columns * 4),
+                 [&](int64_t begin, int64_t end) { combine_slots<Float>(p, at, d, begin, end); });
+  }
 }
 
 }  // namespace

@@ -13,6 +13,7 @@ struct Layout {
   int64_t stride_grad, stride_back;  // bytes of a gathered row of grad, of d(pre)
   int64_t stride_pre, stride_a;      // bytes of a row of d(pre), of weight * a, both dtype
   int64_t block_rows, gathered_bytes, turned_bytes;
+  int64_t columns;  // of the gradient of x, made in one pass
   int64_t runs, gathered, turned, weights, parts, grad_pre, a, slots, bytes;  // offsets
   bool direct;  // d(pre) is stored as the micro-kernel reads rows
 
@@ -40,7 +41,8 @@ struct Layout {
     grad_pre = round_up(parts + rows * panels_f * 4, 64);
     a = grad_pre + rows * stride_pre;
     slots = a + rows * stride_a;
-    bytes = slots + (p.grad_x != nullptr ? rows * p.D * 4 : 0);
+    columns = columns_of_pass(rows, p.D);
+    bytes = slots + (p.grad_x != nullptr ? rows * columns * 4 : 0);
   }
 };
 
@@ -170,20 +172,24 @@ void weight_of_slots(const ExpertMlpBackwardParams& p, const Layout& at, const P
   });
 }
 
+// grad_x[t, d] = sum_k slots[row[t, k], d - from], for the columns of one pass.
 template <class Float>
-void sum_slots(const ExpertMlpBackwardParams& p, const float* slots, int64_t begin, int64_t end) {
+void sum_slots(const ExpertMlpBackwardParams& p, const Layout& at, int64_t from, int64_t begin,
+               int64_t end) {
+  const int64_t columns = least(at.columns, p.D - from);
+  const float* slots = reinterpret_cast<const float*>(p.scratch + at.slots);
   for (int64_t t = begin; t < end; ++t) {
     const int32_t* row = p.row + t * p.K;
-    Float* out = static_cast<Float*>(p.grad_x) + t * p.D;
-    for (int64_t d = 0; d < p.D; d += kLanes) {
-      const int64_t some = least(kLanes, p.D - d);
+    Float* out = static_cast<Float*>(p.grad_x) + t * p.D + from;
+    for (int64_t d = 0; d < columns; d += kLanes) {
+      const int64_t some = least(kLanes, columns - d);
       vf sum = {};
       for (int64_t k = 0; k < p.K; ++k) {
         if (row[k] < 0) continue;
-        const float* from = slots + row[k] * p.D + d;
-        sum += some == kLanes ? load(from) : load_some(from, some, 0.f);
+        const float* slot = slots + row[k] * at.columns + d;
+        sum += some == kLanes ? load(slot) : load_some(slot, some, 0.f);
       }
-      store_row(out, p.D, d, sum);
+      store_row(out, columns, d, sum);
     }
   }
 }
@@ -205,6 +211,7 @@ void gradients(const ExpertMlpBackwardParams& p, const Layout& at, const Paralle
                .stride_packed = 0,
                .raw = &p.raw_down,
                .buffer = p.scratch + at.runs,
+               .first_panel = 0,
                .panels = at.panels_f,
                .K = back ? at.K_d : 0,
                .panel_bytes = at.panel_f_bytes,
@@ -237,30 +244,33 @@ void gradients(const ExpertMlpBackwardParams& p, const Layout& at, const Paralle
   const RowSource a = {p.scratch + at.a, at.stride_a, nullptr};
   if (p.grad_x != nullptr) {
     gemm.raw = &p.raw_up;
-    gemm.panels = at.panels_d;
     gemm.K = at.K_h;
     gemm.panel_bytes = at.panel_d_bytes;
     float* slots = reinterpret_cast<float*>(p.scratch + at.slots);
-    multiply(
-        gemm, threads,
-        [&](const Block& block, int64_t thread) {
-          if (at.direct) return Rows{grad_pre.data + block.first * at.stride_pre, at.stride_pre};
-          char* to = gathered(thread);
-          for (int64_t r = 0; r < block.rows; ++r) {
-            copy_row(grad_pre.row<Float>(block.first + r), at.H, at.K_h, false,
-                     to + r * at.stride_back);
-          }
-          return Rows{to, at.stride_back};
-        },
-        [&](const Block& block, int64_t first, int64_t count, int64_t panel, float* sums) {
-          const int64_t d0 = panel * kPanel, real = least(kPanel, p.D - d0);
-          for (int64_t r = 0; r < count; ++r) {
-            float* to = slots + (block.first + first + r) * p.D + d0;
-            std::memcpy(to, sums + r * kPanel, real * sizeof(float));
-          }
-        });
-    parallel_for(threads, p.T, grain_of(p.K * p.D * 4),
-                 [&](int64_t begin, int64_t end) { sum_slots<Float>(p, slots, begin, end); });
+    for (int64_t d = 0; d < p.D; d += at.columns) {
+      gemm.first_panel = d / kPanel;
+      gemm.panels = ceil_div(least(at.columns, p.D - d), kPanel);
+      multiply(
+          gemm, threads,
+          [&](const Block& block, int64_t thread) {
+            if (at.direct) return Rows{grad_pre.data + block.first * at.stride_pre, at.stride_pre};
+            char* to = gathered(thread);
+            for (int64_t r = 0; r < block.rows; ++r) {
+              copy_row(grad_pre.row<Float>(block.first + r), at.H, at.K_h, false,
+                       to + r * at.stride_back);
+            }
+            return Rows{to, at.stride_back};
+          },
+          [&](const Block& block, int64_t first, int64_t count, int64_t panel, float* sums) {
+            const int64_t d0 = panel * kPanel, real = least(kPanel, p.D - d0);
+            for (int64_t r = 0; r < count; ++r) {
+              float* to = slots + (block.first + first + r) * at.columns + d0 % at.columns;
+              std::memcpy(to, sums + r * kPanel, real * sizeof(float));
+            }
+          });
+      parallel_for(threads, p.T, grain_of(p.K * at.columns * 4),
+                   [&](int64_t begin, int64_t end) { sum_slots<Float>(p, at, d, begin, end); });
+    }
   }
 
   using Unit = Frozen::Unit;

@@ -31,6 +31,7 @@ void groups(const GroupedGemmParams& p, const Layout& at, const Parallel& thread
                      .stride_packed = p.stride_packed,
                      .raw = p.w == nullptr ? &p.raw : nullptr,
                      .buffer = p.scratch + at.runs,
+                     .first_panel = 0,
                      .panels = at.panels,
                      .K = at.K,
                      .panel_bytes = at.panel_bytes,

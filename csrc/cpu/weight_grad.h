@@ -150,23 +150,24 @@ inline void panel_of_rows(const RowSource& from, int64_t first, int64_t rows, in
   }
 }
 
-// 32 elements that are a whole number of cache lines, past the caches.
-inline void stream(void* to, const void* from, int64_t bytes) {
+// Past the caches, where there are instructions for it.
+template <class Vector>
+inline void stream(void* to, Vector x) {
 #if defined(__AVX512F__)
-  for (int64_t i = 0; i < bytes; i += 64) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
-                        _mm512_loadu_si512(static_cast<const char*>(from) + i));
-  }
-#elif defined(__SSE2__)
-  for (int64_t i = 0; i < bytes; i += 16) {
-    _mm_stream_si128(
-        reinterpret_cast<__m128i*>(static_cast<char*>(to) + i),
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + i)));
-  }
-#else
-  std::memcpy(to, from, bytes);
+  if constexpr (sizeof x == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)x);
 #endif
+#if defined(__AVX__)
+  if constexpr (sizeof x == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)x);
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof x == 16) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)x);
+#endif
+  std::memcpy(to, &x, sizeof x);
 }
+
+inline void stream(float* to, vf x) { stream(static_cast<void*>(to), x); }
+inline void stream(bf16* to, vf x) { stream(static_cast<void*>(to), bf16_bits(x)); }
+inline void stream(fp16* to, vf x) { store(to, x); }
 
 inline void finish_streams() {
 #if defined(__SSE2__)
@@ -200,8 +201,15 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
         g.micro->run(scratch + from * stride, stride, int32_t(to - from), panel, K, sums, nullptr,
                      0);
       }
+      const bool whole = past_caches && columns == kPanel && !zero &&
+                         g.left_frozen.frozen_ef == nullptr && g.right_frozen.frozen_ef == nullptr;
       for (int64_t r = 0; r < to - from; ++r) {
-        alignas(64) Float line[kPanel] = {};
+        Float* at = out + (from + r) * g.to.C + c;
+        if (whole) {
+          for (int64_t v = 0; v < kPanel; v += kLanes) stream(at + v, load(sums + r * kPanel + v));
+          continue;
+        }
+        Float line[kPanel] = {};
         if (!zero && !g.left_frozen.at(e, m + from + r)) {
           for (int64_t v = 0; v < kPanel; v += kLanes) {
             store(line + v, load(sums + r * kPanel + v));
@@ -210,12 +218,7 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
             if (g.right_frozen.at(e, c + v)) line[v] = Float{};
           }
         }
-        Float* at = out + (from + r) * g.to.C + c;
-        if (past_caches && columns == kPanel) {
-          stream(at, line, sizeof line);
-        } else {
-          std::memcpy(static_cast<void*>(at), line, columns * sizeof(Float));
-        }
+        std::memcpy(static_cast<void*>(at), line, columns * sizeof(Float));
       }
     }
   }

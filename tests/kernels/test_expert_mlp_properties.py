@@ -77,6 +77,27 @@ def test_cpu_splitting_a_batch_changes_no_bit(
     assert torch.equal(tripled, want_TD.repeat(3, 1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_columns_made_in_passes_have_the_bits_of_one_pass(dtype: torch.dtype) -> None:
+    """8000 slots of 1100 columns are more than the 32 MB that are kept; those of a part are not."""
+    case = cases.ExpertMlpCase(T=2000, K=4, E=4, D=1100, F=9, kind="unused", bias=True)
+    (x_TD, weight_TK, expert_TK, *weights), options = case.build(dtype)
+    grad_TD = torch.randn(case.T, case.D, generator=torch.Generator().manual_seed(2)).to(dtype)
+
+    def step(tokens: slice) -> tuple[Tensor, ...]:
+        leaf_TD = x_TD[tokens].clone().requires_grad_()
+        parts = (leaf_TD, weight_TK[tokens], expert_TK[tokens])
+        out_TD = gk.expert_mlp(*parts, *weights, **options, backend="cpu")
+        (of_x_TD,) = torch.autograd.grad(out_TD, leaf_TD, grad_TD[tokens])
+        with torch.no_grad():
+            assert torch.equal(gk.expert_mlp(*parts, *weights, **options, backend="cpu"), out_TD)
+        return out_TD.detach(), of_x_TD
+
+    pieces = [step(slice(t, t + 500)) for t in range(0, 2000, 500)]
+    for whole, parts in zip(step(slice(0, 2000)), zip(*pieces, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_cpu_splitting_a_grouped_gemm_changes_no_bit() -> None:
     for dtype in DTYPES:
         (x_ND, w_EFD, _, bias_EF), _ = cases.GroupedGemmCase(130, 1, 37, 70, bias=True).build(dtype)
