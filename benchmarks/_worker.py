@@ -47,12 +47,11 @@ def _map(folder: str, shape: Shape, dtype: torch.dtype) -> Weights:
 
 
 def _make(weights: Weights, seed: int) -> None:
-    """Uniform values of variance 1 / fan-in: an output of about unit size."""
+    """Normal values of variance 1 / fan-in: an output of about unit size."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in weights:
-        bound = (3 / tensor.shape[2]) ** 0.5
         for expert in tensor:
-            expert.copy_(torch.empty(expert.shape).uniform_(-bound, bound, generator=generator))
+            expert.copy_(torch.randn(expert.shape, generator=generator) / tensor.shape[2] ** 0.5)
 
 
 def _truth(weights: Weights, given: Inputs) -> Tensor:

@@ -109,6 +109,19 @@ def layer_table() -> str:
     return _measured("layer", table)
 
 
+def weights_table() -> str:
+    """expert_mlp on quantized weights."""
+
+    def table(result: dict[str, Any]) -> str:
+        cells = sorted(
+            result["cells"].values(),
+            key=lambda c: (list(SHAPES).index(c["shape"]), c["tokens"]),
+        )
+        return _cells.weights_table(cells, gk.quantized.WEIGHTS)
+
+    return _measured("layer_weights", table)
+
+
 def route_table() -> str:
     """route against the chain of torch ops."""
     return _measured("route", lambda result: route.table(result["rows"]))
@@ -160,6 +173,7 @@ BLOCKS = {
     "system": system_table,
     "model": model_table,
     "layer": layer_table,
+    "weights": weights_table,
     "route": route_table,
     "masked": masked_table,
     "quantize": partial(rows_table, "quantize"),
