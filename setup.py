@@ -56,7 +56,7 @@ COMMON_FLAGS = [
 ]
 # Every operation rounds: the codecs' bytes are the same on every backend, the optimizers' on every
 # level. Both wait for memory, so a fused multiply-add would win nothing.
-NOT_FUSED = {"masked_update.cpp", "quantize.cpp"}
+NOT_FUSED = {"masked_update.cpp", "quantize.cpp", "quantize_weights.cpp"}
 
 
 def cpu_objects() -> Iterator[tuple[Path, str, list[str]]]:

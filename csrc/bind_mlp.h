@@ -13,7 +13,7 @@
 #include "bind.h"
 #include "bind_routing.h"
 #include "cpu/kernels.h"
-#include "cpu/microgemm.h"
+#include "cpu/quantized.h"
 #include "scratch.h"
 
 namespace gose {
@@ -25,9 +25,10 @@ inline int64_t aligned_columns(int64_t columns) {
 inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Bytes of one expert's panels for [columns, K] weights; with a gate, columns = 2 * units.
-inline int64_t panel_bytes(int64_t columns, int64_t K, bool gated, DType dtype) {
+inline int64_t panel_bytes(int64_t columns, int64_t K, bool gated, DType dtype,
+                           Weights weights = Weights::kPlain) {
   const int64_t padded = gated ? 2 * aligned_columns(columns / 2) : aligned_columns(columns);
-  return padded * aligned_columns(K) * size_of(dtype);
+  return padded / cpu::kPanel * cpu::bytes_of_panel(weights, aligned_columns(K), size_of(dtype));
 }
 
 inline DType packable(const char* op, const char* name, const Tensor& w) {
@@ -86,10 +87,11 @@ struct MlpOptions {
   bool gated, interleaved;
   float limit, alpha, shift;
   int64_t hidden;
+  Weights weights;
   const double* then;  // or null
 
   MlpOptions(const char* op, const Tensor& packed) {
-    constexpr int64_t kNumbers = 7;
+    constexpr int64_t kNumbers = 8;
     const int64_t count = packed.numel();
     if (packed.scalar_type() != ScalarType::Double || count < kNumbers || !packed.is_contiguous()) {
       refuse(op, ": options must be the tensor that gose_kernels.ops.expert_mlp makes of them");
@@ -97,7 +99,7 @@ struct MlpOptions {
     const double* x = static_cast<const double*>(packed.const_data_ptr());
     phi = Phi(int32_t(x[0])), gated = x[1] != 0, interleaved = x[2] != 0;
     limit = float(x[3]), alpha = float(x[4]), shift = float(x[5]);
-    hidden = int64_t(x[6]);
+    hidden = int64_t(x[6]), weights = Weights(int32_t(x[7]));
     then = count > kNumbers ? x + kNumbers : nullptr;
   }
 
@@ -225,7 +227,7 @@ inline std::pair<NewTensor, std::optional<NewTensor>> run_expert_mlp(
   const char* op = "expert_mlp";
   const MlpOptions& options = call.options;
   const int64_t size = size_of(call.dtype),
-                up_bytes = panel_bytes(call.H, call.D, options.gated, call.dtype);
+                up_bytes = panel_bytes(call.H, call.D, options.gated, call.dtype, options.weights);
   NewTensor out({call.T, call.D}, call.x.scalar_type());
   std::optional<NewTensor> pre;
   if (keep_pre) {
@@ -254,11 +256,12 @@ inline std::pair<NewTensor, std::optional<NewTensor>> run_expert_mlp(
       .alpha = options.alpha,
       .shift = options.shift,
       .dtype = call.dtype,
+      .weights = options.weights,
   };
   if (weights.packed != nullptr) {
     check_dim(op, "packed_EB", *weights.packed, 2);
     check_packed(op, *weights.packed, call.E,
-                 up_bytes + panel_bytes(call.D, call.F, false, call.dtype));
+                 up_bytes + panel_bytes(call.D, call.F, false, call.dtype, options.weights));
     params.up = static_cast<const char*>(weights.packed->const_data_ptr());
     params.down = params.up + up_bytes;
     params.stride_packed = weights.packed->stride(0);

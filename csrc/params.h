@@ -222,6 +222,9 @@ struct DequantizeParams {
   CodeFormat format;
 };
 
+// What packed panels hold: weights as they are, or integers and scales (cpu/quantized.h).
+enum class Weights : int32_t { kPlain, kInt8, kInt4 };
+
 // Weights [E, columns, K] as panels of 32 columns (cpu/microgemm.h). What the last panel and the
 // last steps of K have too much is zero.
 struct PackParams {
@@ -232,6 +235,14 @@ struct PackParams {
   // (interleaved) or u and units + u of w.
   bool gated, interleaved;
   DType dtype;
+};
+
+struct QuantizeWeightsParams {  // packs as integers; the formulas are in gose_kernels/quantized.py
+  PackParams pack;
+  Weights weights;    // not kPlain
+  char* scratch;      // [threads, 8 * kPanel * K padded]
+  int64_t threads;    // of the host
+  uint8_t* infinite;  // [E], zeroed: set to 1 where a weight of the expert is not finite
 };
 
 enum class Phi : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
@@ -261,6 +272,7 @@ struct ExpertMlpParams {    // out[t] = sum_k weight[t, k] * down(act(up(x[t])))
   Phi phi;
   float limit, alpha, shift;  // of ops/activations.py; limit is infinity where there is none
   DType dtype;
+  Weights weights = Weights::kPlain;  // of the panels: quantized ones go with every dtype
 };
 
 // Weight gradients [E, M, C], dtype, contiguous: out[e] = left^T . right over the rows of expert e.

@@ -4,7 +4,17 @@
 reason. `gk.OPS` maps names to ops, `gk.explain(name)` tells what would run and why others cannot.
 """
 
-from gose_kernels import huggingface, masks, memory, native, optim, packing, philox, profiling
+from gose_kernels import (
+    huggingface,
+    masks,
+    memory,
+    native,
+    optim,
+    packing,
+    philox,
+    profiling,
+    quantized,
+)
 from gose_kernels.moe import MoE, RouteStats
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
@@ -25,7 +35,13 @@ from gose_kernels.ops.quantize import (
 )
 from gose_kernels.ops.route import LOSSES, route
 from gose_kernels.ops.squared_grad import squared_grad
-from gose_kernels.packing import forget_packed, pack_experts, packed_bytes, unpack_experts
+from gose_kernels.packing import (
+    forget_packed,
+    pack_experts,
+    packed_bytes,
+    quantize_experts,
+    unpack_experts,
+)
 from gose_kernels.registry import OPS, Backend, Cost, Op, explain
 
 __all__ = [
@@ -66,6 +82,8 @@ __all__ = [
     "philox",
     "profiling",
     "quantize",
+    "quantize_experts",
+    "quantized",
     "route",
     "squared_grad",
     "unpack_experts",

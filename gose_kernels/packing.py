@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gose_kernels import native as native_library
+from gose_kernels import quantized
 
 
 class Packed(NamedTuple):
@@ -149,20 +150,70 @@ def numbers_then(x_TD: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
-def _panels_bytes(columns: int, K: int, gated: bool, dtype: torch.dtype) -> int:
+def _aligned(size: int) -> int:
+    return -(-size // 32) * 32
+
+
+def _panels_bytes(
+    columns: int, K: int, gated: bool, dtype: torch.dtype, weights: str | None = None
+) -> int:
     """Bytes of one expert's panels for [columns, K] weights; with a gate, columns = 2 units."""
-
-    def aligned(size: int) -> int:
-        return -(-size // 32) * 32
-
-    padded = 2 * aligned(columns // 2) if gated else aligned(columns)
-    return padded * aligned(K) * dtype.itemsize
+    padded = 2 * _aligned(columns // 2) if gated else _aligned(columns)
+    if weights is not None:
+        return padded // 32 * quantized.panel_bytes(_aligned(K), weights)
+    return padded * _aligned(K) * dtype.itemsize
 
 
-def expert_bytes(*, width: int, hidden: int, dtype: torch.dtype, gated: bool = True) -> int:
-    """Bytes of one expert's row of packed_EB, for D = width and F = hidden."""
-    up = _panels_bytes(2 * hidden if gated else hidden, width, gated, dtype)
-    return up + _panels_bytes(width, hidden, False, dtype)
+def expert_bytes(
+    *,
+    width: int,
+    hidden: int,
+    dtype: torch.dtype,
+    gated: bool = True,
+    weights: str | None = None,
+) -> int:
+    """Bytes of one expert's row of packed_EB, for D = width and F = hidden; with `weights` of any
+    dtype."""
+    up = _panels_bytes(2 * hidden if gated else hidden, width, gated, dtype, weights)
+    return up + _panels_bytes(width, hidden, False, dtype, weights)
+
+
+class _Sizes(NamedTuple):
+    """Of the weights of a layer that is packed."""
+
+    num_experts: int
+    rows: int  # H
+    width: int
+    hidden: int
+
+
+def _sizes(op: str, w_up_EHD: Tensor, w_down_EDF: Tensor, gated: bool, transposed: bool) -> _Sizes:
+    """ValueError for weights that do not fit together."""
+    num_experts, rows, width = w_up_EHD.mT.shape if transposed else w_up_EHD.shape
+    hidden, dtype = rows // 2 if gated else rows, w_up_EHD.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"{op}: w_up_EHD must be float32, bfloat16 or float16, got {dtype}")
+    wanted = (num_experts, hidden, width) if transposed else (num_experts, width, hidden)
+    if tuple(w_down_EDF.shape) != wanted or w_down_EDF.dtype != dtype or rows % (1 + gated):
+        raise ValueError(
+            f"{op}: w_down_EDF must be {dtype} of shape {wanted} to fit w_up_EHD of shape "
+            f"{tuple(w_up_EHD.shape)} with gated={gated}, transposed={transposed}, "
+            f"got {w_down_EDF.dtype} of shape {tuple(w_down_EDF.shape)}"
+        )
+    return _Sizes(num_experts, rows, width, hidden)
+
+
+def _rows_for(op: str, num_experts: int, total: int, out: Tensor | None) -> Tensor:
+    """A packed_EB to fill: `out`, checked, or a new one."""
+    packed_EB = torch.empty(num_experts, total, dtype=torch.uint8) if out is None else out
+    rows_apart = packed_EB.numel() == 0 or packed_EB.stride(0) % 64 == 0
+    if (packed_EB.shape, packed_EB.dtype, rows_apart) != ((num_experts, total), torch.uint8, True):
+        raise ValueError(
+            f"{op}: out must be uint8 of shape {(num_experts, total)}, rows a multiple of "
+            f"64 bytes apart, got {packed_EB.dtype} of shape {tuple(packed_EB.shape)}, "
+            f"strides {packed_EB.stride()}"
+        )
+    return packed_EB
 
 
 def pack_experts(
@@ -186,54 +237,87 @@ def pack_experts(
     """
     if (reason := native_library.why_not()) is not None:
         raise RuntimeError(f"pack_experts: {reason}")
-    num_experts, rows, width = w_up_EHD.mT.shape if transposed else w_up_EHD.shape
-    hidden, dtype = rows // 2 if gated else rows, w_up_EHD.dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"pack_experts: w_up_EHD must be float32, bfloat16 or float16, got {dtype}"
-        )
-    wanted = (num_experts, hidden, width) if transposed else (num_experts, width, hidden)
-    if tuple(w_down_EDF.shape) != wanted or w_down_EDF.dtype != dtype or rows % (1 + gated):
-        raise ValueError(
-            f"pack_experts: w_down_EDF must be {dtype} of shape {wanted} to fit w_up_EHD of shape "
-            f"{tuple(w_up_EHD.shape)} with gated={gated}, transposed={transposed}, "
-            f"got {w_down_EDF.dtype} of shape {tuple(w_down_EDF.shape)}"
-        )
-    up_bytes = _panels_bytes(rows, width, gated, dtype)
-    total = expert_bytes(width=width, hidden=hidden, dtype=dtype, gated=gated)
-    packed_EB = torch.empty(num_experts, total, dtype=torch.uint8) if out is None else out
-    rows_apart = packed_EB.numel() == 0 or packed_EB.stride(0) % 64 == 0
-    if (packed_EB.shape, packed_EB.dtype, rows_apart) != ((num_experts, total), torch.uint8, True):
-        raise ValueError(
-            f"pack_experts: out must be uint8 of shape {(num_experts, total)}, rows a multiple of "
-            f"64 bytes apart, got {packed_EB.dtype} of shape {tuple(packed_EB.shape)}, "
-            f"strides {packed_EB.stride()}"
-        )
+    sizes, dtype = _sizes("pack_experts", w_up_EHD, w_down_EDF, gated, transposed), w_up_EHD.dtype
+    total = expert_bytes(width=sizes.width, hidden=sizes.hidden, dtype=dtype, gated=gated)
+    packed_EB = _rows_for("pack_experts", sizes.num_experts, total, out)
     pack = torch.ops.gose_native.pack_matrix
+    up_bytes = _panels_bytes(sizes.rows, sizes.width, gated, dtype)
     pack(packed_EB, w_up_EHD, 0, gated, interleaved, transposed)
     pack(packed_EB, w_down_EDF, up_bytes, False, False, transposed)
     return packed_EB
 
 
-def _unpacked(packed_EB: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+def quantize_experts(
+    w_up_EHD: Tensor,
+    w_down_EDF: Tensor,
+    *,
+    weights: str,
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """packed_EB: the weights of `expert_mlp` as integers and scales (`quantized`), for
+    `expert_mlp_packed(..., weights=weights)` with an x of any dtype.
+
+    weights    "int8" or "int4"
+    The other arguments, what is returned and raised: as `pack_experts`. The integers are the same
+    at every instruction-set level. ValueError also for weights that are not finite.
+    """
+    op = "quantize_experts"
+    quantized.check_weights(op, weights)
+    if (reason := native_library.why_not()) is not None:
+        raise RuntimeError(f"{op}: {reason}")
+    sizes, dtype = _sizes(op, w_up_EHD, w_down_EDF, gated, transposed), w_up_EHD.dtype
+    up_bytes = _panels_bytes(sizes.rows, sizes.width, gated, dtype, weights)
+    total = up_bytes + _panels_bytes(sizes.width, sizes.hidden, False, dtype, weights)
+    packed_EB = _rows_for(op, sizes.num_experts, total, out)
+    for name, w, at, *layout in (
+        ("w_up_EHD", w_up_EHD, 0, gated, interleaved),
+        ("w_down_EDF", w_down_EDF, up_bytes, False, False),
+    ):
+        number = 1 + quantized.WEIGHTS.index(weights)
+        quantize = torch.ops.gose_native.quantize_matrix
+        expert = quantize(packed_EB, w, at, *layout, transposed, number)
+        if expert >= 0:
+            raise ValueError(f"{op}: {name} must be finite, got nan or inf in expert {expert}")
+    return packed_EB
+
+
+def _plain(packed_EB: Tensor, K: int, dtype: torch.dtype) -> Tensor:
     """[E, panels * 32, K] columns of panels, in the order in which they stand there."""
-    num_experts, rows = packed_EB.shape[0], -(-K // 32) * 32
+    num_experts, rows = packed_EB.shape[0], _aligned(K)
     values = packed_EB.contiguous().view(dtype)
     if dtype == torch.bfloat16:  # pairs along K
         values = values.view(num_experts, -1, rows // 2, 32, 2).transpose(3, 4)
-    return values.reshape(num_experts, -1, rows, 32).mT.reshape(num_experts, -1, rows)[..., :K]
+    return values.reshape(num_experts, -1, rows, 32).mT.reshape(num_experts, -1, rows)
 
 
 def unpack_experts(
-    packed_EB: Tensor, *, width: int, hidden: int, dtype: torch.dtype, gated: bool = True
+    packed_EB: Tensor,
+    *,
+    width: int,
+    hidden: int,
+    dtype: torch.dtype,
+    gated: bool = True,
+    weights: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(w_up_EHD, w_down_EDF) of a packed_EB of experts of D = width and F = hidden: gates first."""
+    """(w_up_EHD, w_down_EDF) of a packed_EB of experts of D = width and F = hidden: gates first.
+
+    weights   of `quantize_experts`, or None for `pack_experts`. Quantized weights come in `dtype`,
+              rounded from float32
+    """
     rows = 2 * hidden if gated else hidden
-    up_bytes = _panels_bytes(rows, width, gated, dtype)
-    up = _unpacked(packed_EB[:, :up_bytes], width, dtype)
+    up_bytes = _panels_bytes(rows, width, gated, dtype, weights)
+
+    def columns(part_EB: Tensor, K: int) -> Tensor:
+        if weights is None:
+            return _plain(part_EB, K, dtype)[..., :K]
+        return quantized.dequantized(part_EB, _aligned(K), weights, dtype)[..., :K]
+
+    up, down = columns(packed_EB[:, :up_bytes], width), columns(packed_EB[:, up_bytes:], hidden)
     if gated:  # 16 gates, then the ups of the same 16 units
         up = up.unflatten(1, (-1, 2, 16)).transpose(1, 2).flatten(2, 3)[:, :, :hidden].flatten(1, 2)
-    down = _unpacked(packed_EB[:, up_bytes:], hidden, dtype)
     return up[:, :rows], down[:, :width]
 
 

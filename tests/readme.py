@@ -120,6 +120,19 @@ def train_table() -> str:
     return _measured("layer", table)
 
 
+def weights_table() -> str:
+    """expert_mlp on quantized weights."""
+
+    def table(result: dict[str, Any]) -> str:
+        cells = sorted(
+            result["cells"].values(),
+            key=lambda c: (list(SHAPES).index(c["shape"]), c["tokens"]),
+        )
+        return _cells.weights_table(cells, gk.quantized.WEIGHTS)
+
+    return _measured("layer_weights", table)
+
+
 def route_table() -> str:
     """route against the chain of torch ops."""
     return _measured("route", lambda result: route.table(result["rows"]))
@@ -172,6 +185,7 @@ BLOCKS = {
     "model": model_table,
     "layer": layer_table,
     "train": train_table,
+    "weights": weights_table,
     "route": route_table,
     "masked": masked_table,
     "quantize": partial(rows_table, "quantize"),

@@ -2,6 +2,7 @@
 // weighted sum over a token's experts in float32, k ascending.
 #include "activation.h"
 #include "expert_gemm.h"
+#include "quantized.h"
 
 namespace gose::cpu::GOSE_LEVEL {
 namespace {
@@ -17,11 +18,13 @@ struct Layout {
   int64_t columns;                               // of the output, made in one pass
   int64_t runs, gathered, hidden, slots, bytes;  // offsets
 
-  explicit Layout(const ExpertMlpParams& p) : micro(&micro_gemm(p.dtype)), rows(p.offset[p.E]) {
-    const int64_t size = micro->bf16_rows ? 2 : 4, wide = kPanel * bytes_of(p.dtype);
+  explicit Layout(const ExpertMlpParams& p)
+      : micro(&micro_gemm(p.dtype, p.weights)), rows(p.offset[p.E]) {
+    const int64_t size = micro->bf16_rows ? 2 : 4, plain = bytes_of(p.dtype);
     K_up = round_up(p.D, kAlignK), K_down = round_up(p.F, kAlignK);
     panels_up = K_down * (p.gated ? 2 : 1) / kPanel, panels_down = ceil_div(p.D, kPanel);
-    panel_up_bytes = K_up * wide, panel_down_bytes = K_down * wide;
+    panel_up_bytes = bytes_of_panel(p.weights, K_up, plain);
+    panel_down_bytes = bytes_of_panel(p.weights, K_down, plain);
     stride_x = row_stride(K_up, size), stride_hidden = row_stride(K_down, size);
     block_rows = rows_of_block(*micro, p.cache, most(stride_x, stride_hidden));
     gathered_bytes = least(block_rows, rows) * stride_x;

@@ -124,28 +124,39 @@ const Kernels& kernels() {
   return kPortable;
 }
 
-#define GOSE_GEMM_OF(level, dtype)                              \
+#define GOSE_GEMM_OF(level)                                     \
+  switch (weights) {                                            \
+    case Weights::kInt8: return level::kGemmOfInt8;             \
+    case Weights::kInt4: return level::kGemmOfInt4;             \
+    case Weights::kPlain: break;                                \
+  }                                                             \
   switch (dtype) {                                              \
     case DType::kBFloat16: return level::kGemmOfBFloat16;       \
     case DType::kFloat16: return level::kGemmOfFloat16;         \
     default: return level::kGemmOfFloat32; /* others refused */ \
   }
 
-const MicroGemm& micro_gemm(DType dtype) {
+// The kernels on bfloat16 rows alone.
+#define GOSE_BFLOAT16_GEMM_OF(level)                     \
+  switch (weights) {                                     \
+    case Weights::kInt8: return level::kGemmOfInt8;      \
+    case Weights::kInt4: return level::kGemmOfInt4;      \
+    case Weights::kPlain: return level::kGemmOfBFloat16; \
+  }
+
+const MicroGemm& micro_gemm(DType dtype, Weights weights) {
   switch (level_in_use()) {
 #if defined(__x86_64__)
     case Level::kAmx:
-      if (dtype == DType::kBFloat16) return amx::kGemmOfBFloat16;
+      if (dtype == DType::kBFloat16) GOSE_BFLOAT16_GEMM_OF(amx)
       [[fallthrough]];
     case Level::kAvx512Bf16:
       // Intel's cores run vdpbf16ps at a quarter of the rate of the multiply-add it replaces two
       // of.
-      if (dtype == DType::kBFloat16 && __builtin_cpu_is("amd")) {
-        return avx512_bf16::kGemmOfBFloat16;
-      }
+      if (dtype == DType::kBFloat16 && __builtin_cpu_is("amd")) GOSE_BFLOAT16_GEMM_OF(avx512_bf16)
       [[fallthrough]];
-    case Level::kAvx512: GOSE_GEMM_OF(avx512, dtype)
-    case Level::kAvx2: GOSE_GEMM_OF(avx2, dtype)
+    case Level::kAvx512: GOSE_GEMM_OF(avx512)
+    case Level::kAvx2: GOSE_GEMM_OF(avx2)
 #else
     case Level::kAmx:
     case Level::kAvx512Bf16:
@@ -154,8 +165,9 @@ const MicroGemm& micro_gemm(DType dtype) {
 #endif
     case Level::kPortable: break;
   }
-  GOSE_GEMM_OF(portable, dtype)
+  GOSE_GEMM_OF(portable)
 }
+#undef GOSE_BFLOAT16_GEMM_OF
 #undef GOSE_GEMM_OF
 
 int64_t cache_bytes() {

@@ -33,6 +33,7 @@ struct Parallel {
   X(quantize, QuantizeParams)                     \
   X(dequantize, DequantizeParams)                 \
   X(pack, PackParams)                             \
+  X(quantize_weights, QuantizeWeightsParams)      \
   X(expert_mlp, ExpertMlpParams)                  \
   X(expert_mlp_backward, ExpertMlpBackwardParams) \
   X(grouped_gemm, GroupedGemmParams)              \

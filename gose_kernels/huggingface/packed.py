@@ -2,7 +2,8 @@
 
 `PackedExperts` stands in the place of an experts module. Its weights go over expert by expert: an
 expert's packed row is written, then its pages in the old tensors are given back to the system, so
-at no time are there both copies of more than one expert. `unpack` goes the same way back.
+at no time are there both copies of more than one expert. `unpack` goes the same way back. Quantized
+weights go over in the same way, and come back as what they were rounded to.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gose_kernels.huggingface.experts import NAME, check, slots
 from gose_kernels.huggingface.forms import Form, form_of
 from gose_kernels.ops.activations import ACTIVATIONS
 from gose_kernels.ops.expert_mlp import expert_mlp_packed
-from gose_kernels.packing import pack_experts, unpack_experts
+from gose_kernels.packing import pack_experts, quantize_experts, unpack_experts
 
 _COPIED = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "config")
 
@@ -62,8 +63,9 @@ class PackedExperts(nn.Module):
     packed_EB: Tensor
     config: Any
 
-    def __init__(self, module: Any, form: Form) -> None:
+    def __init__(self, module: Any, form: Form, weights: str | None = None) -> None:
         super().__init__()
+        self.weights = weights
         for name in _COPIED:
             setattr(self, name, getattr(module, name))
         self._is_expert_parallel = module._is_expert_parallel
@@ -81,14 +83,14 @@ class PackedExperts(nn.Module):
             parameter.data = parameter.data.new_empty(0)
 
     def _pack(self, up: Tensor, down: Tensor, out: Tensor | None = None) -> Tensor:
-        return pack_experts(
-            up,
-            down,
-            gated=ACTIVATIONS[self.form.activation].gated,
-            interleaved=self.form.interleaved,
-            transposed=bool(self.is_transposed),
-            out=out,
-        )
+        layout = {
+            "gated": ACTIVATIONS[self.form.activation].gated,
+            "interleaved": self.form.interleaved,
+            "transposed": bool(self.is_transposed),
+        }
+        if self.weights is None:
+            return pack_experts(up, down, **layout, out=out)
+        return quantize_experts(up, down, weights=self.weights, **layout, out=out)
 
     @torch.no_grad()
     def _take(self, up: Tensor, down: Tensor) -> Tensor:
@@ -112,6 +114,7 @@ class PackedExperts(nn.Module):
             hidden=self.hidden,
             dtype=self.dtype,
             gated=ACTIVATIONS[self.form.activation].gated,
+            weights=self.weights,
         )
         if self.form.interleaved:
             up_1HD = up_1HD.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
@@ -130,7 +133,8 @@ class PackedExperts(nn.Module):
         return up, down
 
     def unpack(self) -> Any:
-        """The module that was packed, the same bits in its own parameters; this one is used up."""
+        """The module that was packed, the same bits (of quantized weights: what they became) in its
+        own parameters; this one is used up."""
         module = self._module.pop()
         up, down = self._unpacked(give_back=_alone(self.packed_EB))
         del self.packed_EB
@@ -159,6 +163,7 @@ class PackedExperts(nn.Module):
             interleaved=self.form.interleaved,
             limit=self.form.limit,
             alpha=self.form.alpha,
+            weights=self.weights,
         )
         return out_TD.to(hidden_states.dtype)
 
@@ -184,6 +189,12 @@ class PackedExperts(nn.Module):
         up, down = (tensor.to(self.dtype) for tensor in taken.values())
         for e in range(len(up)):
             self._pack(up[e : e + 1], down[e : e + 1], self.packed_EB[e : e + 1])
+
+
+def finite(module: Any) -> bool:
+    """Whether all weights of an experts module are, looked at expert by expert."""
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    return all(bool(w.isfinite().all()) for w in (*up.data, *module.down_proj.data))
 
 
 def why_not_packed(module: Any) -> str | None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from gose_kernels.huggingface.experts import FLAGS, NAME, register
 from gose_kernels.huggingface.forms import form_of
 from gose_kernels.huggingface.layouts import Layout, layout_of, own_layer, write_back
-from gose_kernels.huggingface.packed import PackedExperts, why_not_packed
+from gose_kernels.huggingface.packed import PackedExperts, finite, why_not_packed
 from gose_kernels.huggingface.routers import swap_router, unswap_router
+from gose_kernels.quantized import check_weights
 
 
 class Row(NamedTuple):
@@ -71,6 +72,7 @@ def replace_moe_layers(
     router: Mapping[str, Any] | None = None,
     entropy_E: Tensor | Mapping[str, Tensor] | None = None,
     keep: Literal["both", "packed"] = "both",
+    weights: Literal["int8", "int4"] | None = None,
 ) -> Replaced:
     """The MoE layers of a model put on these kernels, in place: the table and the way back.
 
@@ -83,18 +85,22 @@ def replace_moe_layers(
     entropy_E  for policy egs: the experts' entropies, one [E] for all routers or one per name
     keep       "packed" leaves only the packed copy of the experts' weights, for inference:
                half the memory, no gradient; layers are packed expert by expert
-    ValueError for a model without MoE layers or unknown arguments, RuntimeError without
-    transformers.
+    weights    "int8" or "int4": as "packed", with quantized weights (`quantize_experts`); restore()
+               then gives the weights as they were rounded
+    ValueError for a model without MoE layers, unknown arguments, and weights to quantize that are
+    not finite; RuntimeError without transformers.
     """
     if keep not in ("both", "packed"):
         raise ValueError(f"replace_moe_layers: keep must be 'both' or 'packed', got {keep!r}")
+    if weights is not None:
+        check_weights("replace_moe_layers", weights)
     done = Replaced()
     try:
         _experts(model, done)
         if router is not None:
             _routers(model, done, router, entropy_E)
-        if keep == "packed":
-            _pack(model, done)
+        if keep == "packed" or weights is not None:
+            _pack(model, done, weights)
         _own(model, done)
     except BaseException:
         done.restore()
@@ -161,21 +167,27 @@ def _routers(
             done._add(name, module, True, f"route, {chosen}")
 
 
-def _pack(model: nn.Module, done: Replaced) -> None:
-    for name, module in [(n, m) for n, m in model.named_modules() if _is_experts(m)]:
-        if isinstance(module, PackedExperts):
-            continue
+def _pack(model: nn.Module, done: Replaced, weights: str | None) -> None:
+    modules = [(n, m) for n, m in model.named_modules() if _is_experts(m)]
+    modules = [(n, m) for n, m in modules if not isinstance(m, PackedExperts)]
+    for name, module in modules if weights is not None else ():  # before any is rounded
+        if why_not_packed(module) is None and not finite(module):
+            raise ValueError(
+                f"replace_moe_layers: weights of {name} must be finite to be {weights}"
+            )
+    for name, module in modules:
         at = next(i for i, row in enumerate(done.rows) if row.name == name)
         if (reason := why_not_packed(module)) is not None:
             done.rows[at] = done.rows[at]._replace(how=f"{done.rows[at].how}; not packed: {reason}")
             continue
         form = form_of(module)
         assert form is not None
-        packed = PackedExperts(module, form)
+        packed = PackedExperts(module, form, weights)
         _put(model, name, packed)
         done._undo.append(functools.partial(_unpack, model, name, packed))
-        size = packed.packed_EB.nbytes / 2**20
-        done.rows[at] = done.rows[at]._replace(how=f"{done.rows[at].how}; packed, {size:.1f} MiB")
+        size = f"{packed.packed_EB.nbytes / 2**20:.1f} MiB"
+        how = "packed" if weights is None else f"packed as {weights}"
+        done.rows[at] = done.rows[at]._replace(how=f"{done.rows[at].how}; {how}, {size}")
 
 
 def _unpack(model: nn.Module, name: str, packed: PackedExperts) -> None:

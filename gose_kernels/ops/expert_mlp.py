@@ -39,7 +39,8 @@ read; experts without tokens are not read and get weight gradients of 0.
 Differentiable in x, weight, weights and biases, once. At the limit the gradient passes.
 
 expert_mlp_packed takes packed_EB of `pack_experts` in the place of both weights, with F = hidden,
-for inference that keeps no other copy of them. It has no gradient.
+for inference that keeps no other copy of them. It has no gradient. With weights="int8" or "int4",
+packed_EB is of `quantize_experts`; the torch backend rounds these weights to the dtype of x.
 
 expert_mlp_train, which autograd runs instead, returns (out_TD, pre_NH): pre, biased, its rows in
 the order of `dispatch` and 0 from row offset[E] on. With the inputs it is all that backward keeps:
@@ -74,6 +75,7 @@ from gose_kernels.packing import (
     repeat_call,
     unpack_experts,
 )
+from gose_kernels.quantized import WEIGHTS, check_weights
 from gose_kernels.registry import Cost, native, reference, register
 
 
@@ -153,16 +155,20 @@ class PackedCall(NamedTuple):
     interleaved: bool = False
     limit: float | None = None
     alpha: float = 1.702
+    weights: str | None = None
 
     def unpacked(self) -> MlpCall:
         """The call of expert_mlp that computes the same, its weights with gates first."""
         act, columns = ACTIVATIONS[self.activation], self.hidden
+        if self.weights is not None:
+            check_weights("expert_mlp_packed", self.weights)
         w_up_EHD, w_down_EDF = unpack_experts(
             self.packed_EB,
             width=self.x_TD.shape[1],
             hidden=self.hidden,
             dtype=self.x_TD.dtype,
             gated=act.gated,
+            weights=self.weights,
         )
         bias_up_EH = self.bias_up_EH
         if bias_up_EH is not None and self.interleaved:
@@ -535,7 +541,12 @@ _ARGUMENTS = f"{_TENSORS.format(none='=None')}, *, {_OPTIONS}, str? backend=None
 
 @lru_cache(maxsize=256)
 def mlp_numbers(
-    activation: str, interleaved: bool, limit: float | None, alpha: float, hidden: int
+    activation: str,
+    interleaved: bool,
+    limit: float | None,
+    alpha: float,
+    hidden: int,
+    weights: str | None = None,
 ) -> Tensor:
     """The options as the kernel reads them (csrc/bind_mlp.h), checked."""
     none = torch.empty(0)
@@ -544,7 +555,10 @@ def mlp_numbers(
     _check_options(call)
     act = call.act
     numbers = [PHIS.index(act.phi), act.gated, interleaved, call.clamp, call.scale, act.shift]
-    return torch.tensor([*numbers, hidden], dtype=torch.float64, device="cpu")
+    if weights is not None:
+        check_weights("expert_mlp_packed", weights)
+    kind = 0 if weights is None else 1 + WEIGHTS.index(weights)
+    return torch.tensor([*numbers, hidden, kind], dtype=torch.float64, device="cpu")
 
 
 def numbers_of(call: MlpCall) -> Tensor:
@@ -638,9 +652,10 @@ def expert_mlp_packed_reference(*args: Any, **options: Any) -> Tensor:
     return _forward(PackedCall(*args, **options).unpacked(), keep=False)[0]
 
 
-def _cpu_packed(*args: Any, **options: Any) -> Tensor:
-    call = PackedCall(*args, **options)
-    numbers = mlp_numbers(call.activation, call.interleaved, call.limit, call.alpha, call.hidden)
+def _cpu_packed(*args: Any, **named: Any) -> Tensor:
+    call = PackedCall(*args, **named)
+    options = call.activation, call.interleaved, call.limit, call.alpha
+    numbers = mlp_numbers(*options, call.hidden, call.weights)
     out_TD: Tensor = torch.ops.gose_native.expert_mlp.default(
         *(numbers, call.packed_EB, call.x_TD, call.weight_TK, call.expert_TK),
         *(None, None, call.bias_up_EH, call.bias_down_ED),
@@ -696,7 +711,7 @@ expert_mlp_packed = register(
     "expert_mlp_packed(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor packed_EB, "
     "int hidden, Tensor? bias_up_EH=None, Tensor? bias_down_ED=None, *, "
     'str activation="swiglu", bool interleaved=False, float? limit=None, float alpha=1.702, '
-    "str? backend=None) -> Tensor",
+    "str? weights=None, str? backend=None) -> Tensor",
     native("cpu", _cpu_packed, *DTYPES),
     reference(expert_mlp_packed_reference),
     fake=_packed_fake,

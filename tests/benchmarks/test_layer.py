@@ -295,6 +295,24 @@ def test_readme_takes_the_cells_that_it_names(tmp_path, monkeypatch):
     assert [row.split(" | ")[1] for row in rows] == ["4", "16"]
 
 
+def test_quantized_weights_are_compared_with_our_own_dtype(tmp_path, capsys):
+    words = ("--weights", "int8,int4", "--tokens", "4")
+    options = _options(*words)
+    assert options.peers == ["gose", "gose_int8", "gose_int4"]
+    options.out = tmp_path
+    kept = {}
+    layer.run(options, kept.update, {}, _probe)
+    peers = kept["steady tiny bfloat16 4 kept cold"]["peers"]
+    assert peers["gose"]["error"] < 5e-3
+    assert 5e-3 < peers["gose_int8"]["error"] < 1.5e-2
+    assert 5e-2 < peers["gose_int4"]["error"] < 0.13
+    capsys.readouterr()
+    cell = _cell(gose=(2.0, 4.0, 6.0), gose_int8=(1.0, 2.0, 2.0))
+    cell["peers"]["gose_int8"]["error"] = 0.012
+    table = _cells.weights_table([cell], ["int8", "int4"])
+    assert table.splitlines()[-1] == "| tiny | 4 | 4e+03 | 2e+03 | 0.012 | 2.00 | – | – | – |"
+
+
 def test_a_plot_is_drawn(tmp_path):
     _cells.plot([_cell(gose=(1.0, 2.0, 4.0)), _cell(slow=(2.0, 2.0, 4.0))], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
@@ -308,7 +326,10 @@ def test_probes_of_the_machine():
     assert 1e8 < _roofline.flush(1) < 1e13
 
 
-@pytest.mark.parametrize("argv", [["--rounds", "0"], ["--tokens", "0"], ["--shape", "huge"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--rounds", "0"], ["--tokens", "0"], ["--shape", "huge"], ["--weights", "int8,int2"]],
+)
 def test_bad_options_exit_2(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         layer.main(argv)

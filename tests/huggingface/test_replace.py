@@ -172,6 +172,37 @@ def test_packed_weights_alone_give_the_same_and_come_back(name: str, dtype: torc
     _assert_same_bits(model, before)
 
 
+@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts", "NemotronHExperts"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_quantized_weights_are_those_that_come_back(name: str, weights: str) -> None:
+    model = _model(name)
+    model.set_experts_implementation("gose")
+    before = _bits(model)
+    done = gk.huggingface.replace_moe_layers(model, weights=weights)  # type: ignore[arg-type]
+    assert all(f"packed as {weights}, " in row.how for row in done.rows)
+    quantized = _logits(model)
+    done.restore()
+    assert relative_error(quantized, _logits(model)) < 1e-5
+    error = 0.0
+    for n, t in _bits(model).items():
+        if n.endswith(("up_proj", "down_proj")) and t.dim() == 3:
+            error = max(error, relative_error(t, before[n]))
+        else:
+            assert torch.equal(t, before[n])
+    assert {"int8": 1e-3, "int4": 2e-2}[weights] < error < {"int8": 1e-2, "int4": 8e-2}[weights]
+
+
+def test_a_weight_that_is_not_finite_is_met_before_any_is_rounded() -> None:
+    model = _model("MixtralExperts")
+    last = [m for m in model.modules() if hasattr(m, "gate_up_proj")][-1]
+    last.gate_up_proj.data[1, 2, 3] = torch.nan  # type: ignore[union-attr, operator]
+    before = _bits(model)
+    with pytest.raises(ValueError, match=r"weights of \S+ must be finite to be int8"):
+        gk.huggingface.replace_moe_layers(model, weights="int8")
+    for n, t in _bits(model).items():
+        torch.testing.assert_close(t, before[n], rtol=0, atol=0, equal_nan=True)
+
+
 def test_what_cannot_be_packed_stays_and_says_why() -> None:
     model = _model("MuseSparkExperts")
     want = _logits(model)
@@ -415,6 +446,8 @@ def test_bad_arguments_say_what_is_wanted() -> None:
         gk.huggingface.replace_moe_layers(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="keep must be 'both' or 'packed', got 'none'"):
         gk.huggingface.replace_moe_layers(nn.Linear(3, 3), keep="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="replace_moe_layers: weights must be one of int8, int4"):
+        gk.huggingface.replace_moe_layers(nn.Linear(3, 3), weights="int3")  # type: ignore[arg-type]
     model = _model("MixtralExperts")
     want = _logits(model)
     with pytest.raises(ValueError, match="policy must be one of"):

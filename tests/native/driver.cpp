@@ -127,6 +127,7 @@ struct Weights {  // [E, columns, K], transposed: [E, K, columns]
   int64_t E, columns, K;
   bool transposed;
   Numbers values;
+  std::vector<double> exact;  // what the values became, where they are quantized
 
   Weights(DType dtype, int64_t E, int64_t columns, int64_t K, bool transposed, Random& random)
       : E(E),
@@ -140,7 +141,9 @@ struct Weights {  // [E, columns, K], transposed: [E, K, columns]
   int64_t index(int64_t e, int64_t c, int64_t k) const {
     return e * columns * K + c * stride_c() + k * stride_k();
   }
-  double at(int64_t e, int64_t c, int64_t k) const { return values[index(e, c, k)]; }
+  double at(int64_t e, int64_t c, int64_t k) const {
+    return exact.empty() ? values[index(e, c, k)] : exact[index(e, c, k)];
+  }
 };
 
 int64_t packed_columns(const Weights& w, bool gated) {
@@ -169,6 +172,14 @@ void pack(const Weights& w, bool gated, bool interleaved, char* to, int64_t stri
   cpu::kernels().pack(place_of(w, gated, interleaved, to, stride), kPieces);
 }
 
+// The column of w that stands in this one of the panels; from w.columns on there is none.
+int64_t source_column(const Weights& w, bool gated, bool interleaved, int64_t column) {
+  if (!gated) return column;
+  const int64_t units = w.columns / 2, unit = column / kPanel * 16 + column % 16;
+  const int64_t up = column % kPanel / 16;
+  return unit >= units ? w.columns : interleaved ? 2 * unit + up : up * units + unit;
+}
+
 void check_pack(const Weights& w, bool gated, bool interleaved) {
   const DType dtype = w.values.dtype();
   const int64_t size = size_of(dtype), steps = round_up(w.K), bytes = packed_bytes(w, gated);
@@ -176,12 +187,7 @@ void check_pack(const Weights& w, bool gated, bool interleaved) {
   pack(w, gated, interleaved, packed.data(), bytes);
   for (int64_t e = 0; e < w.E; ++e) {
     for (int64_t column = 0; column < packed_columns(w, gated); ++column) {
-      // The column of w that stands there.
-      int64_t from = column, units = w.columns / 2;
-      if (gated) {
-        const int64_t unit = column / kPanel * 16 + column % 16, up = column % kPanel / 16;
-        from = unit >= units ? w.columns : interleaved ? 2 * unit + up : up * units + unit;
-      }
+      const int64_t from = source_column(w, gated, interleaved, column);
       for (int64_t k = 0; k < steps; ++k) {
         const int64_t place =
             column / kPanel * steps * kPanel + panel_index(dtype, k, column % kPanel);
@@ -214,6 +220,147 @@ void packs() {
       }
     }
     checksum.print("pack", name_of(dtype));
+  }
+}
+
+// ---- quantized weights -----------------------------------------------------------------------
+
+using Kind = gose::Weights;
+constexpr Kind kKinds[] = {Kind::kInt8, Kind::kInt4};
+const char* name_of(Kind kind) { return kind == Kind::kInt8 ? "int8" : "int4"; }
+
+// Bytes of the panels before the float32 scales of their columns.
+int64_t integer_bytes(Kind kind, int64_t K) { return kind == Kind::kInt8 ? 32 * K : 18 * K; }
+int64_t quantized_bytes(const Weights& w, bool gated, Kind kind) {
+  const int64_t panel = integer_bytes(kind, round_up(w.K)) + 128;
+  return packed_columns(w, gated) / kPanel * panel;
+}
+
+// One weight: a level of the int8 or int4 integers, times a scale.
+struct Value {
+  double level, scale;
+  double number() const { return level * scale; }
+};
+
+constexpr int kLevels[16] = {-30, -24, -20, -16, -12, -8, -5, -2, 0, 3, 6, 9, 12, 16, 20, 26};
+
+Value value_at(const char* panel, Kind kind, int64_t K, int64_t k, int64_t c) {
+  float r;
+  std::memcpy(&r, panel + integer_bytes(kind, K) + 4 * c, 4);
+  if (kind == Kind::kInt8) return {double(int8_t(panel[k * kPanel + c])), r};
+  const char* steps = panel + k / 32 * 576;
+  uint32_t word;
+  std::memcpy(&word, steps + k % 32 / 8 * 128 + 4 * c, 4);
+  const int code = uint8_t(steps[512 + k % 32 / 16 * 32 + c]);
+  const double s = std::ldexp(1 + (code & 7) / 8., ((code & 127) >> 3) - 7);
+  return {double(kLevels[word >> (k % 2 * 16 + k % 8 / 2 * 4) & 15]), r * (code & 128 ? -s : s)};
+}
+
+void check_quantized_gemm(const cpu::MicroGemm& gemm, Kind kind, int64_t rows, int64_t K) {
+  Random random(rows * 1000 + K);
+  const DType row_type = gemm.bf16_rows ? DType::kBFloat16 : DType::kFloat32;
+  const int64_t width = K + 96 / size_of(row_type), integers = integer_bytes(kind, K);
+  Numbers a(row_type, (rows - 1) * width + K);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < K; ++k) a.set(r * width + k, random.centered());
+  }
+  const Guarded panel(integers + 128);
+  for (int64_t i = 0; i < integers; ++i) {
+    const bool scale = kind == Kind::kInt4 && i % 576 >= 512;  // a normal float8_e4m3fn
+    panel.data()[i] =
+        char(scale ? 8 + random.below(119) + 128 * random.below(2) : random.below(256));
+  }
+  for (int64_t c = 0; c < kPanel; ++c) {
+    const float r = float(random.uniform());
+    std::memcpy(panel.data() + integers + 4 * c, &r, 4);
+  }
+  Array<float> sums(rows * kPanel);
+  gemm.run(a.data(), width * size_of(row_type), int32_t(rows), panel.data(), K, sums.data(),
+           panel.data(), panel.bytes() / 64);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < kPanel; ++c) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        const double term = a[r * width + k] * value_at(panel.data(), kind, K, k, c).number();
+        sum += term, size += std::fabs(term);
+      }
+      const double got = sums[r * kPanel + c];
+      if (!(std::fabs(got - sum) <= double(K + 6) * 0x1p-24 * size)) {
+        fail("%s, %ld rows, K %ld: c[%ld][%ld] is %.9g, not %.9g", gemm.name, long(rows), long(K),
+             long(r), long(c), got, sum);
+      }
+    }
+  }
+  a.memory().check(), panel.check();
+  checksum.add(sums.memory());
+}
+
+void quantized_micro_kernels() {
+  for (Kind kind : kKinds) {
+    for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      const cpu::MicroGemm& gemm = cpu::micro_gemm(dtype, kind);
+      if (gemm.rows > cpu::kMostRows) fail("%s: %d rows", gemm.name, gemm.rows);
+      for (int64_t rows = 1; rows <= gemm.rows; ++rows) {
+        for (int64_t K : {0, 32, 96, 160, 288}) check_quantized_gemm(gemm, kind, rows, K);
+      }
+      checksum.print("micro-kernel", gemm.name);
+    }
+  }
+}
+
+// Packs as integers, checks that each is the nearest, and has `exact` hold what they stand for.
+void quantize(Weights& w, bool gated, bool interleaved, Kind kind, char* to, int64_t stride) {
+  const int64_t K = round_up(w.K), panels = packed_columns(w, gated) / kPanel;
+  const Guarded scratch(kThreads * 8 * kPanel * K);
+  Array<uint8_t> infinite(w.E);
+  std::memset(infinite.data(), 0, w.E);
+  cpu::kernels().quantize_weights({.pack = place_of(w, gated, interleaved, to, stride),
+                                   .weights = kind,
+                                   .scratch = scratch.data(),
+                                   .threads = kThreads,
+                                   .infinite = infinite.data()},
+                                  kPieces);
+  w.exact.assign(w.E * w.columns * w.K, NAN);
+  for (int64_t e = 0; e < w.E; ++e) {
+    if (infinite[e] != 0) fail("quantize: expert %ld is finite", long(e));
+    for (int64_t column = 0; column < panels * kPanel; ++column) {
+      const int64_t from = source_column(w, gated, interleaved, column);
+      const char* panel = to + e * stride + column / kPanel * (integer_bytes(kind, K) + 4 * kPanel);
+      for (int64_t k = 0; k < K; ++k) {
+        const Value value = value_at(panel, kind, K, k, column % kPanel);
+        const bool real = from < w.columns && k < w.K;
+        const double wanted = real ? w.values[w.index(e, from, k)] : 0;
+        const double miss = std::fabs(value.number() - wanted);
+        bool nearest = real || value.number() == 0;
+        for (int i = -127; i <= 127; ++i) {
+          const double level = kind == Kind::kInt8 ? i : kLevels[i & 15];
+          nearest &= miss <= std::fabs(level * value.scale - wanted) * (1 + 1e-4) + 1e-30;
+        }
+        if (!nearest) {
+          fail("quantize %s: expert %ld, column %ld, k %ld", name_of(kind), long(e), long(column),
+               long(k));
+        }
+        if (real) w.exact[w.index(e, from, k)] = value.number();
+      }
+    }
+  }
+}
+
+void quantizes() {
+  for (Kind kind : kKinds) {
+    for (DType dtype : kTypes) {
+      for (bool transposed : {false, true}) {
+        Random random(17);
+        Weights w(dtype, 2, 70, 77, transposed, random);
+        for (bool interleaved : {false, true}) {
+          const int64_t bytes = quantized_bytes(w, true, kind);
+          const Guarded packed(w.E * bytes);
+          quantize(w, true, interleaved, kind, packed.data(), bytes);
+          checksum.add(packed);
+        }
+      }
+      checksum.print(name_of(kind), name_of(dtype));
+    }
   }
 }
 
@@ -475,7 +622,7 @@ struct Mlp {
   int64_t hidden() const { return gated ? 2 * F : F; }
 };
 
-void check_mlp(const Mlp& m, DType dtype) {
+void check_mlp(const Mlp& m, DType dtype, Kind kind) {
   Random random(m.T + 10 * m.D + 100 * m.F);
   const int64_t T = m.T, K = m.K, E = m.E, D = m.D, F = m.F, H = m.hidden();
   const int64_t stride = D + 3;
@@ -484,16 +631,24 @@ void check_mlp(const Mlp& m, DType dtype) {
   const Plan plan(expert, T, K, E);
   Numbers x(dtype, T * stride, random, 2), out(dtype, T * D), pre(dtype, T * K * H);
   Numbers bias_up(dtype, E * H, random), bias_down(dtype, E * D, random);
-  const Weights up(dtype, E, H, D, m.transposed, random),
-      down(dtype, E, D, F, m.transposed, random);
+  Weights up(dtype, E, H, D, m.transposed, random), down(dtype, E, D, F, m.transposed, random);
   Array<float> weight(T * K);
   for (int64_t slot = 0; slot < T * K; ++slot) {
     weight[slot] = expert[slot] == E ? NAN : float(random.uniform());
   }
-  const int64_t up_bytes = packed_bytes(up, m.gated), bytes = up_bytes + packed_bytes(down, false);
+  const bool plain = kind == Kind::kPlain;
+  const auto bytes_of = [&](const Weights& w, bool gated) {
+    return plain ? packed_bytes(w, gated) : quantized_bytes(w, gated, kind);
+  };
+  const int64_t up_bytes = bytes_of(up, m.gated), bytes = up_bytes + bytes_of(down, false);
   const Guarded packed(E * bytes);
-  pack(up, m.gated, m.interleaved, packed.data(), bytes);
-  pack(down, false, false, packed.data() + up_bytes, bytes);
+  if (plain) {
+    pack(up, m.gated, m.interleaved, packed.data(), bytes);
+    pack(down, false, false, packed.data() + up_bytes, bytes);
+  } else {
+    quantize(up, m.gated, m.interleaved, kind, packed.data(), bytes);
+    quantize(down, false, false, kind, packed.data() + up_bytes, bytes);
+  }
   ExpertMlpParams p = {.x = x.data(),
                        .row = plan.row.data(),
                        .token = plan.token.data(),
@@ -524,7 +679,8 @@ void check_mlp(const Mlp& m, DType dtype) {
                        .limit = m.limit,
                        .alpha = m.alpha,
                        .shift = m.shift,
-                       .dtype = dtype};
+                       .dtype = dtype,
+                       .weights = kind};
   run_with_scratch(cpu::kernels().expert_mlp, p);
   std::vector<double> want(T * D), want_pre(T * K * H);
   for (int64_t slot = 0; slot < T * K; ++slot) {
@@ -555,10 +711,12 @@ void check_mlp(const Mlp& m, DType dtype) {
   std::memcpy(used.data(), pre.data(), used.memory().bytes());
   check_chain("expert_mlp, pre", used, want_pre);
   checksum.add(out.memory()), checksum.add(used.memory());
-  Numbers again(dtype, T * D);
-  p.up = p.down = nullptr, p.out = again.data();
-  run_with_scratch(cpu::kernels().expert_mlp, p);
-  check_same("expert_mlp", out.memory(), again.memory());
+  if (plain) {
+    Numbers again(dtype, T * D);
+    p.up = p.down = nullptr, p.out = again.data();
+    run_with_scratch(cpu::kernels().expert_mlp, p);
+    check_same("expert_mlp", out.memory(), again.memory());
+  }
   for (const Guarded* memory : {&x.memory(), &packed, &weight.memory(), &pre.memory()}) {
     memory->check();
   }
@@ -577,7 +735,9 @@ void expert_mlps() {
       {0, 2, 3, 8, 8, true, false, false, Phi::kSilu, kNone, 1, 0},
   };
   for (DType dtype : kTypes) {
-    for (const Mlp& layer : layers) check_mlp(layer, dtype);
+    for (Kind kind : {Kind::kPlain, Kind::kInt8, Kind::kInt4}) {
+      for (const Mlp& layer : layers) check_mlp(layer, dtype, kind);
+    }
     checksum.print("expert_mlp", name_of(dtype));
   }
 }
@@ -589,7 +749,9 @@ int main(int count, char**) {
               gose::cpu::name_of(gose::cpu::best_level()));
   if (count > 1) return 0;  // any argument: the level alone
   driver::micro_kernels();
+  driver::quantized_micro_kernels();
   driver::packs();
+  driver::quantizes();
   driver::dispatches();
   driver::entropies();
   driver::routes();

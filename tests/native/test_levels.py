@@ -123,7 +123,7 @@ def test_every_op_is_its_formula_at_every_level(driver: Path, level: str) -> Non
     assert lines[0] == f"level {level} of {gk.native.cpu_levels()[0]}"
     ops = {line.split()[0] for line in lines[1:]}
     assert {"micro-kernel", "pack", "dispatch", "entropy", "route", "combine"} <= ops
-    assert {"grouped_gemm", "expert_mlp"} <= ops
+    assert {"grouped_gemm", "expert_mlp", "int8", "int4"} <= ops
 
 
 # CPUs before AVX, with AVX alone, with AVX2.
@@ -157,7 +157,8 @@ def test_amx_tiles(objects: Path) -> None:
     of 1 to 48 rows, rows apart, padding, layouts, blocks."""
     lines = _run(str(objects / "tiles"))
     assert lines[0] == "level amx of amx"
-    assert any(line.startswith("micro-kernel amx bf16 tiles ") for line in lines)
+    for name in ("amx bf16 tiles", "amx bf16 tiles, int8 widened", "amx bf16 tiles, int4 widened"):
+        assert any(line.startswith(f"micro-kernel {name} ") for line in lines)
     assert {line.split()[0] for line in lines[1:]} >= {"pack", "grouped_gemm", "expert_mlp"}
 
 

@@ -16,8 +16,11 @@ const Kernels& kernels() {
   return kPortable;
 }
 
-const MicroGemm& micro_gemm(DType dtype) {
-  if (dtype == DType::kBFloat16) return amx::kGemmOfBFloat16;
+const MicroGemm& micro_gemm(DType dtype, Weights weights) {
+  const bool tiles = dtype == DType::kBFloat16;
+  if (weights == Weights::kInt8) return tiles ? amx::kGemmOfInt8 : portable::kGemmOfInt8;
+  if (weights == Weights::kInt4) return tiles ? amx::kGemmOfInt4 : portable::kGemmOfInt4;
+  if (tiles) return amx::kGemmOfBFloat16;
   return dtype == DType::kFloat16 ? portable::kGemmOfFloat16 : portable::kGemmOfFloat32;
 }
 
