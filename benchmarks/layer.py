@@ -34,6 +34,7 @@ UNSEEN_TOKENS = (16, 256)
 WEIGHTS = tuple(peer.weights for peer in PEERS.values() if peer.weights)
 # Relative L2 error above which a peer computes something else: of a dtype, of quantized weights.
 ERROR_LIMIT = {"bfloat16": 1e-2, "float32": 1e-5}
+_WEIGHTS_LIMIT = {"int8": 2e-2, "int4": 0.15}
 # Of the experts, in the second of our backwards.
 FROZEN_SHARE = 0.75
 _FROZEN = "frozen"
@@ -401,6 +402,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             tokens=[256, 1024],
             peers=["gose", "hf_eager", "hf_grouped"],
             allocator=["kept"],
+        )
+    if any(word.split("=")[0] == "--weights" for word in argv):
+        parser.set_defaults(
+            shape=[name for name in names if name != "vmoe"],
+            tokens=[1, 2, 4, 8, 16],
+            dtype=["bfloat16"],
+            rows=["steady"],
+            allocator=["kept"],
+            caches=["cold"],
         )
     if "--quick" in argv:
         parser.set_defaults(
