@@ -7,6 +7,9 @@ GOSE_CUDA=0|1  without, with CUDA kernels (default: with them when nvcc is found
 CXX            the C++ compiler, with a launcher and flags if need be (default: c++, g++, clang++)
 CUDA_HOME      the CUDA toolkit (default: that of the nvcc on the PATH, or /usr/local/cuda)
 MAX_JOBS       compilers at a time (default: ninja's)
+GOSE_INSTRUMENT=sanitizers|coverage  builds libgose_kernels_NAME.so, in folders of its own, with
+               AddressSanitizer and UBSan or with gcov's counters. With the same value set,
+               gose_kernels loads it (`python -m tests.instrumented`)
 TORCH_CUDA_ARCH_LIST  CUDA architectures, default "8.0;9.0a;10.0a" and PTX of 9.0
 A compiler that fails is an error in every case.
 """
@@ -54,6 +57,14 @@ COMMON_FLAGS = [
     *("-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     *("-ffunction-sections", "-DNDEBUG"),
 ]
+# What GOSE_INSTRUMENT adds. -O1: lines keep their counts, and sanitized code compiles in minutes.
+INSTRUMENTS = {
+    "sanitizers": [
+        *("-O1", "-g1", "-fno-omit-frame-pointer"),
+        *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    ],
+    "coverage": ["-O1", "--coverage", "-fprofile-update=atomic"],
+}
 # Every operation rounds: the codecs' bytes are the same on every backend, the optimizers' on every
 # level. Both wait for memory, so a fused multiply-add would win nothing.
 NOT_FUSED = {"masked_update.cpp", "quantize.cpp", "quantize_weights.cpp"}
@@ -143,8 +154,20 @@ def wants(name: str) -> bool | None:
     return None if not value else value == "1"
 
 
+def instrument() -> str | None:
+    name = os.environ.get("GOSE_INSTRUMENT") or None
+    if name is not None and name not in INSTRUMENTS:
+        sys.exit(f"setup.py: GOSE_INSTRUMENT must be one of {', '.join(INSTRUMENTS)}, got {name!r}")
+    return name
+
+
 class Build(build_ext):
     """Writes a ninja file and runs it."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if name := instrument():  # a later wheel takes all that lies in build_lib
+            self.build_lib, self.build_temp = f"build/{name}/lib", f"build/{name}/temp"
 
     def build_extension(self, ext: Extension) -> None:
         torch, compiler = find_torch(), find_compiler()
@@ -174,7 +197,8 @@ class Build(build_ext):
         subprocess.run([ninja, "-C", str(folder), *(["-j", jobs] if jobs else [])], check=True)
 
     def ninja_file(self, torch: Path, compiler: str, target: Path) -> str:
-        flags = [*COMMON_FLAGS, ninja_flag(f"-I{CSRC}")]
+        added = INSTRUMENTS[name] if (name := instrument()) else []
+        flags = [*COMMON_FLAGS, *added, ninja_flag(f"-I{CSRC}")]
         torch_flags = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             *(
@@ -199,7 +223,7 @@ class Build(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            "  command = $cxx -shared -o $out $in $libraries",
+            f"  command = $cxx {' '.join(['-shared', *added])} -o $out $in $libraries",
         ]
 
         def compile_(source: Path, name: str, more: str) -> None:
@@ -274,7 +298,8 @@ class Wheel(bdist_wheel):
 
 if __name__ == "__main__":
     native = wants("GOSE_NATIVE") is not False
-    modules = [Extension("gose_kernels.libgose_kernels", sources=[])]
+    suffix = f"_{name}" if (name := instrument()) else ""
+    modules = [Extension(f"gose_kernels.libgose_kernels{suffix}", sources=[])]
     # Where no torch can be found: a download that the package's own requirement needs anyway.
     needs_torch = native and find_compiler() is not None and find_torch() is None
     setup(

@@ -61,7 +61,7 @@ inline Tensor scores_of(const MlpCall& call, const MoeScores& given, int64_t num
   NewTensor score({T, E}, ScalarType::Float);
   if (given.packed_router_1B) {
     run_router(call, *given.packed_router_1B, score.data(), num_threads, threads);
-  } else {
+  } else if (T * E > 0) {
     std::memset(score.data(), 0, T * E * sizeof(float));
   }
   return score.tensor();

@@ -15,9 +15,12 @@ inline CodeFormat code_format(const char* op, const std::string& name) {
   refuse(op, ": format must be one of int8_b256_f32, int8_b64_f16, int4_b64_f16, got '", name, "'");
 }
 
-inline int64_t code_bytes(const CodeFormat& format, int64_t L) { return (L * format.bits + 7) / 8; }
+// Of any L: a packet may lie, and a product that overflows would agree with it.
+inline int64_t code_bytes(const CodeFormat& format, int64_t L) {
+  return format.bits == 8 ? L : L / 2 + L % 2;
+}
 inline int64_t num_scales(const CodeFormat& format, int64_t L) {
-  return (L + format.block - 1) / format.block;
+  return L / format.block + (L % format.block > 0);
 }
 
 // The live elements of a tensor with an optional mask.

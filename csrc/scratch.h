@@ -11,6 +11,13 @@
 #include <new>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(data, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(data, bytes)
+#endif
+
 namespace gose {
 
 // Asks for 2 MB pages where the range holds any; the answer does not matter.
@@ -52,6 +59,7 @@ class ScratchPool {
         const Buffer found = free_[best];
         free_.erase(free_.begin() + best);
         held_ -= found.bytes;
+        ASAN_UNPOISON_MEMORY_REGION(found.data, bytes);
         return found;
       }
       // The largest was outgrown: it goes before a larger one comes, not after.
@@ -71,6 +79,8 @@ class ScratchPool {
       throw std::bad_alloc();
     }
     advise_huge_pages(data, rounded);
+    // Under AddressSanitizer a call may touch the bytes it asked for, while it has them.
+    ASAN_POISON_MEMORY_REGION(static_cast<char*>(data) + bytes, rounded - bytes);
     return {static_cast<char*>(data), rounded};
   }
 
@@ -79,6 +89,7 @@ class ScratchPool {
         lock && held_ + buffer.bytes <= kKept) {
       // What is smaller than this one was outgrown.
       while (!free_.empty() && free_.back().bytes < buffer.bytes && free_.size() > 7) drop_last();
+      ASAN_POISON_MEMORY_REGION(buffer.data, buffer.bytes);
       free_.push_back(buffer);
       held_ += buffer.bytes;
       return;

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-_LIBRARY_PATH = Path(__file__).parent / "libgose_kernels.so"
+# GOSE_INSTRUMENT names a build with checks or counters, the same kernels (setup.py).
+_NAME = "_".join(filter(None, ["libgose_kernels", os.environ.get("GOSE_INSTRUMENT")]))
+_LIBRARY_PATH = Path(__file__).parent / f"{_NAME}.so"
 
 
 @cache

@@ -154,6 +154,7 @@ route = [
     RouteCase(0, 5, 2),
     RouteCase(0, 5, 2, options={"policy": "egs"}, entropy="TE"),
     RouteCase(0, 5, 2, options=_TAKE),
+    RouteCase(0, 5, 2, options=_PRIORITY),
     RouteCase(1, 1, 1),
     RouteCase(1, 8, 2),
     RouteCase(1, 252, 8),

@@ -1,6 +1,6 @@
 // distill_loss and its gradient: a row of logits is read from memory once and stays in cache for
-// three passes: largest values, sums of exponentials, terms and slopes. Nothing of a row is kept
-// but for a teacher cache, which needs a copy of the student's row without the listed classes.
+// three passes: largest values, sums of exponentials, terms and slopes. A thread keeps the
+// exponentials of its row, or for a teacher cache the student's row without the listed classes.
 #include <cstdlib>
 
 #include "vec_math.h"
@@ -134,23 +134,33 @@ inline Task task_of(const Float* s, int64_t C, float top, double total, const Ta
   return task;
 }
 
+// Exponentials of a row, each padded to whole vectors: of the student, of the student and of the
+// teacher at the temperature.
+struct Kept {
+  float *student, *q, *p;
+};
+
 // Teacher and student over all C classes. Returns KL.
 template <class Student, class Teacher>
 float row_of_all(const DistillParams& p, const Student* s, const Teacher* t, Factors factor,
-                 const Target& target, float scale, Student* grad, float* ce) {
+                 const Target& target, float scale, Student* grad, float* ce, const Kept& kept) {
   const int64_t C = p.C;
   const bool with_ce = factor.ce != 0.f, with_kl = factor.kl != 0.f;
   const float top = highest(s, C), top_t = with_kl ? highest(t, C) : 0.f;
   const bool tempered = p.inverse_tau != 1.f;
   Total total_1 = {}, total_q = {}, total_p = {};
-  for_row(s, C, -kInfinity, [&](int64_t, vf x) {
+  const auto keep = [](vf x, float* row, Total* total) __attribute__((always_inline)) {
+    store(row, x);
+    total->add(x);
+  };
+  for_row(s, C, -kInfinity, [&](int64_t c, vf x) {
     const vf z = x - top;
-    if (with_ce || !tempered) total_1.add(exp(z));
-    if (with_kl && tempered) total_q.add(exp(z * p.inverse_tau));
+    if (with_ce || !tempered) keep(exp(z), kept.student + c, &total_1);
+    if (with_kl && tempered) keep(exp(z * p.inverse_tau), kept.q + c, &total_q);
   });
   if (with_kl) {
     for_row(t, C, -kInfinity,
-            [&](int64_t, vf x) { total_p.add(exp((x - top_t) * p.inverse_tau)); });
+            [&](int64_t c, vf x) { keep(exp((x - top_t) * p.inverse_tau), kept.p + c, &total_p); });
   }
   const Task task = with_ce ? task_of(s, C, top, total_1.value(), target) : Task{};
   *ce = task.ce;
@@ -162,20 +172,18 @@ float row_of_all(const DistillParams& p, const Student* s, const Teacher* t, Fac
   Total kl = {};
   const auto body = [&](int64_t c, vf x, vf y) __attribute__((always_inline)) {
     vf slope = {};
-    const vf z = x - top;
-    vf q_1 = {};
-    if (with_ce || !tempered) q_1 = exp(z);
     if (with_kl) {
-      const vf z_t = y - top_t;
-      const vf q = tempered ? exp(z * p.inverse_tau) : q_1;
-      const Outcome at = outcome(exp(z_t * p.inverse_tau) * inverse_p, q * inverse_q,
+      const vf z = x - top, z_t = y - top_t;
+      const Outcome at = outcome(load(kept.p + c) * inverse_p,
+                                 load((tempered ? kept.q : kept.student) + c) * inverse_q,
                                  (z_t - z) * p.inverse_tau - shift);
       kl.add(at.term);
       slope = at.difference * kl_slope;
     }
     if (grad == nullptr) return;
     if (with_ce) {
-      slope += (q_1 * (task.sum_target * task.inverse_total) - target.at(c, C)) * ce_slope;
+      slope += (load(kept.student + c) * (task.sum_target * task.inverse_total) - target.at(c, C)) *
+               ce_slope;
     }
     store_row(grad, C, c, slope);
   };
@@ -318,14 +326,19 @@ DistillBad check_row(const DistillParams& p, int64_t n, const Target& target, ui
 template <class Student, class Teacher>
 void rows(const DistillParams& p, int64_t begin, int64_t end) {
   Listed listed = {};
+  Kept kept = {};
   float* scratch = nullptr;
-  if (p.id != nullptr) {
+  if (p.id == nullptr) {
+    const int64_t padded = (p.C + kLanes - 1) / kLanes * kLanes;
+    scratch = static_cast<float*>(std::malloc(4 * (3 * padded + 1)));  // + 1: nullptr is no memory
+    kept = {scratch, scratch + padded, scratch + 2 * padded};
+  } else {
     scratch = static_cast<float*>(std::calloc(1, (4 * (p.C + 2 * p.J) + p.C)));
     listed = {scratch, scratch + p.C, scratch + p.C + p.J,
               reinterpret_cast<uint8_t*>(scratch + p.C + 2 * p.J)};
   }
   for (int64_t n = begin; n < end; ++n) {
-    if (p.id != nullptr && scratch == nullptr) {
+    if (scratch == nullptr) {
       p.bad[n] = DistillBad::kMemory;
       continue;
     }
@@ -342,9 +355,10 @@ void rows(const DistillParams& p, int64_t begin, int64_t end) {
     const Teacher* t = static_cast<const Teacher*>(p.teacher) + n * p.stride_tb;
     Student* grad = p.grad == nullptr ? nullptr : static_cast<Student*>(p.grad) + n * p.C;
     float ce = 0.f;
-    const float kl = p.id == nullptr ? row_of_all(p, s, t, factor, target, p.grad_scale, grad, &ce)
-                                     : row_of_listed(p, s, t, p.id + n * p.J, p.tail[n], factor,
-                                                     target, p.grad_scale, grad, &ce, listed);
+    const float kl = p.id == nullptr
+                         ? row_of_all(p, s, t, factor, target, p.grad_scale, grad, &ce, kept)
+                         : row_of_listed(p, s, t, p.id + n * p.J, p.tail[n], factor, target,
+                                         p.grad_scale, grad, &ce, listed);
     p.term[n] =
         (factor.ce != 0.f ? factor.ce * ce : 0.f) + (factor.kl != 0.f ? factor.kl * kl : 0.f);
   }

@@ -165,7 +165,7 @@ inline void multiply(const Gemm& g, const Parallel& threads, const RowsOf& rows_
 template <class Float>
 inline void copy_row(const Float* from, int64_t D, int64_t K, bool bf16_rows, char* to) {
   if (bf16_rows || sizeof(Float) == 4) {
-    std::memcpy(to, from, D * sizeof(Float));
+    if (D > 0) std::memcpy(to, from, D * sizeof(Float));
     std::memset(to + D * sizeof(Float), 0, (K - D) * sizeof(Float));
     return;
   }

@@ -180,6 +180,7 @@ template <class Float>
 inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t count,
                               bool past_caches, char* scratch) {
   const int64_t first = g.offset[e], rows = g.offset[e + 1] - first, K = round_up(rows, kAlignK);
+  if (g.to.C == 0) return;
   Float* out = static_cast<Float*>(g.to.out) + (e * g.to.M + m) * g.to.C;
   if (rows == 0 || (g.frozen_e != nullptr && g.frozen_e[e])) {
     std::memset(static_cast<void*>(out), 0, count * g.to.C * sizeof(Float));

@@ -302,7 +302,7 @@ def _drop(call: RouteCall, choice_TK: Tensor, logit_TE: Tensor) -> Tensor:
     row_N1, _, offset = torch.ops.gose.dispatch(expert_N[:, None], E, backend="torch")
     rank_N = row_N1[:, 0] - offset[expert_N]
     kept_N = torch.where(rank_N < call.capacity, expert_N, E)
-    return torch.empty_like(choice_TK).index_copy_(0, order_T, kept_N.view(-1, T).t())
+    return torch.empty_like(choice_TK).index_copy_(0, order_T, kept_N.view(call.top_k, T).t())
 
 
 def _weights(call: RouteCall, logit_TE: Tensor, choice_TK: Tensor) -> Tensor:

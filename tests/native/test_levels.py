@@ -55,14 +55,16 @@ def _build(folder: Path) -> None:
     """Compiles csrc/cpu with the library's own flags, but for -O1: half the time, the same
     instruction sets. Links `driver`, and `tiles` with emulated AMX on the portable level."""
     setup, compiler = _setup(), _compiler()
+    counting = setup.INSTRUMENTS["coverage"] if setup.instrument() == "coverage" else []
     include = f"-I{ROOT / 'csrc'}"
     commands = []
     for source, name, flags in setup.cpu_objects():
-        command = [compiler, *setup.COMMON_FLAGS, "-O1", include, *flags, "-c", str(source)]
+        command = [compiler, *setup.COMMON_FLAGS, "-O1", *counting, include, *flags]
+        command += ["-c", str(source)]
         commands.append([*command, "-o", str(folder / name)])
     own = [compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", include]
     amx = ROOT / "csrc" / "cpu" / "microgemm_amx.cpp"
-    tiles = ["-DGOSE_EMULATE_TILES", "-include", str(HERE / "tiles.h")]
+    tiles = ["-DGOSE_EMULATE_TILES", "-include", str(HERE / "tiles.h"), *counting]
     for source, more in [(HERE / "driver.cpp", []), (HERE / "tiles_level.cpp", []), (amx, tiles)]:
         target = folder / f"own_{source.stem}.o"
         commands.append([*own, *more, "-c", str(source), "-o", str(target)])
@@ -70,7 +72,7 @@ def _build(folder: Path) -> None:
     kernels = [o for o in folder.glob("*.o") if not o.name.startswith("own_")]
     portable = [o for o in kernels if o.name.endswith(".portable.o")]
     # Static: the emulator needs no libraries of its architecture.
-    link = [compiler, "-static", str(folder / "own_driver.o")]
+    link = [compiler, "-static", *counting, str(folder / "own_driver.o")]
     emulated = [folder / "own_tiles_level.o", folder / "own_microgemm_amx.o"]
     _compile(
         [
