@@ -38,7 +38,6 @@ _WEIGHTS_LIMIT = {"int8": 2e-2, "int4": 0.15}
 # Of the experts, in the second of our backwards.
 FROZEN_SHARE = 0.75
 _FROZEN = "frozen"
-_WEIGHTS_LIMIT = {"int8": 2e-2, "int4": 0.15}
 # A peer of which one call takes longer is not timed.
 _SLOW_SECONDS = 10.0
 
@@ -420,15 +419,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             allocator=["kept"],
             caches=["cold"],
             rounds=3,
-        )
-    if any(word.split("=")[0] == "--weights" for word in argv):
-        parser.set_defaults(
-            shape=[name for name in names if name != "vmoe"],
-            tokens=[1, 2, 4, 8, 16],
-            dtype=["bfloat16"],
-            rows=["steady"],
-            allocator=["kept"],
-            caches=["cold"],
         )
     options = parser.parse_args(argv)
     if options.weights:
