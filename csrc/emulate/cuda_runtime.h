@@ -3,8 +3,8 @@
 // A barrier is passed when every thread of the block has reached the same one; a warp primitive
 // when every lane that its mask names has. Anything else is an error that names what waits: see
 // gose_emulate_error(). Shared memory is new and poisoned for every block, and of exact size, so
-// that AddressSanitizer sees its bounds. Orders of blocks and threads: forward, reverse, random.
-// Not modelled: the memory model between threads that run at once, PTX, time.
+// that AddressSanitizer sees its bounds. Orders of blocks and threads: forward, reverse, random,
+// warp by warp. Not modelled: the memory model between threads that run at once, PTX, time.
 #pragma once
 
 #include <ucontext.h>
@@ -44,7 +44,8 @@ constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr int kPoison = 0xFF;  // NaN in every float format
 
-enum class Order { kForward, kReverse, kRandom };
+// kWarps: a warp goes on alone until its threads return or wait for the block.
+enum class Order { kForward, kReverse, kRandom, kWarps };
 enum class State { kReady, kBarrier, kWarp, kDone };
 
 struct Fiber {
@@ -197,8 +198,11 @@ inline void run_block() {
   while (true) {
     bool ran = false, waits = false;
     sort_by_order(ids);
+    const auto ready = [&](unsigned id) { return m.fibers[id].state == State::kReady; };
+    const auto first = std::find_if(ids.begin(), ids.end(), ready);
     for (unsigned thread : ids) {
-      if (m.fibers[thread].state != State::kReady) continue;
+      if (!ready(thread)) continue;
+      if (m.order == Order::kWarps && thread / kWarpSize != *first / kWarpSize) continue;
       resume(thread);
       ran = true;
     }

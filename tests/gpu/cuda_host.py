@@ -111,7 +111,7 @@ def run_launcher(library: ctypes.CDLL, op: str, struct: str, **values: Any) -> i
 
 # ---- the same sources under g++ --------------------------------------------------------------
 
-ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+ORDERS = {"forward": 0, "reverse": 1, "random": 2, "warps": 3}
 
 
 def compile_emulated(source: Path, folder: Path, *, flags: Sequence[str] = ()) -> Path:

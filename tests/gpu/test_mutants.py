@@ -3,9 +3,12 @@ that does not compile proves nothing and fails."""
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+import sys
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,7 +25,7 @@ class Mutant(NamedTuple):
     ops: tuple[str, ...]
     old: str
     new: str
-    rung: str = "ptx"  # or "emulated": what may touch foreign memory runs in the PTX machine alone
+    rung: str = "ptx"  # or "emulated", which knows orders of warps
     count: int = 1
 
     def __str__(self) -> str:
@@ -60,24 +63,39 @@ MUTANTS = [
 ]
 
 
-def _killed(mutant: Mutant, source: Path, folder: Path) -> bool:
-    if mutant.rung == "ptx":
-        compiled = cuda_host.compile_ptx(source, folder)
-    else:
-        library = cuda_host.compile_emulated(source, folder)
+_FOUND = 3  # exit code; 1 is a traceback's
+
+
+def _survives(mutant: Mutant, library: Path | None, compiled: cuda_host.Compiled | None) -> bool:
+    """Whether every case comes out right in every order."""
     for name in mutant.ops:
         op = OPS[name]
-        for dtype in op.dtypes[:2]:
+        runs: list[Any] = [cuda_host.OnPtx(compiled, count=False)] if compiled else []
+        runs += [cuda_host.OnEmulator(library, order) for order in cuda_host.ORDERS if library]
+        for run, dtype in product(runs, op.dtypes[:2]):
             for _, args in op.cases(dtype):
                 try:
-                    if mutant.rung == "ptx":
-                        got = op.cuda(cuda_host.OnPtx(compiled, count=False), *args)
-                    else:
-                        got = op.cuda(cuda_host.OnEmulator(library), *args)
+                    got = op.cuda(run, *args)
                     op.check(got if len(got) > 1 else got[0], args)
                 except (KernelError, AssertionError, RuntimeError):
-                    return True
-    return False
+                    return False
+    return True
+
+
+def _emulate(mutant: Mutant, library: Path) -> None:
+    sys.exit(0 if _survives(mutant, library, None) else _FOUND)
+
+
+def _killed(mutant: Mutant, source: Path, folder: Path) -> bool:
+    if mutant.rung == "ptx":
+        return not _survives(mutant, None, cuda_host.compile_ptx(source, folder))
+    # It may write where nothing is: a process of its own may die of it.
+    library = cuda_host.compile_emulated(source, folder)
+    child = multiprocessing.get_context("spawn").Process(target=_emulate, args=(mutant, library))
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode == _FOUND or child.exitcode < 0
 
 
 @pytest.mark.matrix(keep=3)
