@@ -156,6 +156,30 @@ def masked_table() -> str:
     return "\n".join([*lines, "", f"{text} {_source(result)}"])
 
 
+def language_table(part: str) -> Callable[[], str]:
+    """One part of the small language model: its rows as they are."""
+
+    def table(result: dict[str, Any]) -> str:
+        rows = result[part]
+        columns = [column for column in rows[0] if column != "same_bits"]
+        lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+        lines.append("|" + "---|" * len(columns))
+        for row in rows:
+            cells = (f"{v:.4g}" if isinstance(v := row[c], float) else str(v) for c in columns)
+            lines.append("| " + " | ".join(cells) + " |")
+        steps = result["steps"] if part == "adaptive" else result["second_steps"]
+        seconds = result["train_cpu_seconds"]
+        text = (
+            f"{steps} steps, {result['train_bytes'] / 1e6:.1f} MB read in {seconds:.0f} CPU "
+            f"seconds; {result['held_bytes']} bytes of {result['held_files']} held-out files."
+            if part == "adaptive"
+            else f"Nats per byte after {steps} steps on the headers."
+        )
+        return "\n".join([*lines, "", text])
+
+    return lambda: _measured("language", table)
+
+
 def rows_table(name: str) -> str:
     """The rows of a benchmark as they are, three digits a figure."""
 
@@ -188,6 +212,8 @@ BLOCKS = {
     "weights": weights_table,
     "route": route_table,
     "masked": masked_table,
+    "adaptive": language_table("adaptive"),
+    "second": language_table("second"),
     "quantize": partial(rows_table, "quantize"),
     "distill_loss": partial(rows_table, "distill_loss"),
     "squared_grad": partial(rows_table, "squared_grad"),

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gose_kernels.huggingface.forms import form_of
+from gose_kernels.huggingface.waves import in_waves
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.expert_mlp import expert_mlp
@@ -127,14 +128,26 @@ def _forward(module: Any, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) ->
     transposed = bool(module.is_transposed)
     frozen_E = module._buffers.get("frozen_E")  # of LivingExperts
     if form is not None:
-        out_TD: Tensor = expert_mlp(
-            *(x_TD, weight_TK, expert_TK, up, module.down_proj, bias_up, bias_down, frozen_E),
-            activation=form.activation,
-            interleaved=form.interleaved,
-            limit=form.limit,
-            alpha=form.alpha,
-            transposed=transposed,
-        )
+        found = form
+
+        def run(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+            out_TD: Tensor = expert_mlp(
+                *(x_TD, weight_TK, expert_TK, up, module.down_proj, bias_up, bias_down, frozen_E),
+                activation=found.activation,
+                interleaved=found.interleaved,
+                limit=found.limit,
+                alpha=found.alpha,
+                transposed=transposed,
+            )
+            return out_TD
+
+        early_exit = vars(module).get("_gose_early_exit")
+        if early_exit is None or torch.is_grad_enabled():
+            return run(x_TD, weight_TK, expert_TK)
+        E = module.num_experts
+        out_TD, ran_TK = in_waves(run, x_TD, weight_TK, expert_TK, E, early_exit)
+        if (watch := vars(module).get("_gose_watch")) is not None:
+            watch.left_out(expert_TK[~ran_TK])
         return out_TD
     down = module.down_proj
     if frozen_E is not None and torch.is_grad_enabled():

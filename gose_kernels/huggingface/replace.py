@@ -87,6 +87,7 @@ def replace_moe_layers(
     *,
     router: Mapping[str, Any] | None = None,
     adaptive_k: AdaptiveK | Mapping[str, AdaptiveK] | None = None,
+    early_exit: float | None = None,
     entropy_E: Tensor | Mapping[str, Tensor] | None = None,
     keep: Literal["both", "packed"] = "both",
     weights: Literal["int8", "int4"] | None = None,
@@ -103,6 +104,8 @@ def replace_moe_layers(
                per name: a number m keeps the fewest of a token's top_k experts whose
                probabilities sum to m; ascending numbers b_1, b_2, ... keep 1 + how many of them
                the router's entropy (in [0, 1]) is above
+    early_exit without gradients experts run in waves, every token's best first, and a token leaves
+               when its other experts could add no more than this share of its output (`waves`)
     entropy_E  for policy egs: the experts' entropies, one [E] for all routers or one per name
     keep       "packed" leaves only the packed copy of the experts' weights, for inference:
                half the memory, no gradient; layers are packed expert by expert
@@ -115,12 +118,20 @@ def replace_moe_layers(
         raise ValueError(f"replace_moe_layers: keep must be 'both' or 'packed', got {keep!r}")
     if weights is not None:
         check_weights("replace_moe_layers", weights)
+    packs = keep == "packed" or weights is not None
+    if early_exit is not None and (packs or not 0 <= early_exit < float("inf")):
+        raise ValueError(
+            "replace_moe_layers: early_exit must be a share of at least 0, and keep 'both' without "
+            f"weights, got {early_exit}, {keep!r} and {weights!r}"
+        )
     done = Replaced()
     try:
         _experts(model, done)
         if router is not None or adaptive_k is not None:
             _routers(model, done, router or {}, adaptive_k, entropy_E)
-        if keep == "packed" or weights is not None:
+        if early_exit is not None:
+            _waves(model, done, early_exit)
+        if packs:
             _pack(model, done, weights)
         _own(model, done)
     except BaseException:
@@ -157,6 +168,19 @@ def _experts(model: nn.Module, done: Replaced) -> None:
             done._add(name, module, True, "grouped_gemm around its own activation or norm")
         else:
             done._add(name, module, True, f"expert_mlp, {form.activation}")
+
+
+def _waves(model: nn.Module, done: Replaced, early_exit: float) -> None:
+    for at, row in enumerate(done.rows):
+        module = model.get_submodule(row.name)
+        if not _is_experts(module):
+            continue
+        if row.swapped and form_of(module) is not None and not module.has_post_expert_norm:
+            vars(module)["_gose_early_exit"] = early_exit
+            done._undo.append(functools.partial(vars(module).pop, "_gose_early_exit"))
+            done.rows[at] = row._replace(how=f"{row.how}; in waves, early_exit={early_exit}")
+        else:
+            done.rows[at] = row._replace(how=f"{row.how}; not in waves")
 
 
 def _is_router(module: nn.Module) -> bool:

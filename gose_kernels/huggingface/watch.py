@@ -46,6 +46,11 @@ class RouterWatch:
         """FLOPs that ran in the experts."""
         return int(self.kept_E.sum()) * self.flops_per_slot
 
+    def left_out(self, experts_N: Tensor) -> None:
+        """Slots that were counted and did not run, by expert; the id of unused slots counts not."""
+        E = len(self.load_E)
+        self.kept_E -= torch.bincount(experts_N.cpu().long(), minlength=E + 1)[:E]
+
     def _add(self, expert_TK: Tensor, load_E: Tensor, entropy_T: Tensor) -> None:
         E = len(self.load_E)
         self.kept_E += torch.bincount(expert_TK.reshape(-1).cpu().long(), minlength=E + 1)[:E]
@@ -62,12 +67,14 @@ def watch_routers(model: nn.Module) -> Iterator[dict[str, RouterWatch]]:
     a model that has none.
     """
     watches: dict[str, RouterWatch] = {}
-    handles = []
+    handles, seen = [], []
     with torch.no_grad():
         for name, router, experts in routers_of(model):
             watches[name] = _watch(router, experts, router)
             see = partial(_see_router, watches[name])
             handles.append(router.register_forward_hook(see, with_kwargs=True))
+            vars(experts)["_gose_watch"] = watches[name]
+            seen.append(experts)
         for name, module in model.named_modules():
             if isinstance(module, MoE):
                 watches[name] = _watch(module.gate, module.experts, module)
@@ -82,6 +89,8 @@ def watch_routers(model: nn.Module) -> Iterator[dict[str, RouterWatch]]:
     finally:
         for handle in handles:
             handle.remove()
+        for experts in seen:
+            del vars(experts)["_gose_watch"]
 
 
 def _watch(router: Any, experts: Any, has_top_k: Any) -> RouterWatch:

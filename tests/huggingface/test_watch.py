@@ -113,6 +113,38 @@ def test_adaptive_k_by_entropy_and_by_router() -> None:
     done.restore()
 
 
+@pytest.mark.parametrize("tolerance", [0.0, 0.3, 1e9])
+def test_tokens_leave_the_waves_that_could_add_little(tolerance: float) -> None:
+    model = _model()
+    block = model.model.layers[0].mlp
+    x_TD = torch.randn(20, D, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        _, weight_TK, expert_TK = block.gate(x_TD)
+    up_EHD, down_EDF = block.experts.gate_up_proj, block.experts.down_proj
+    want, ran = torch.zeros(20, D), 0
+    with torch.no_grad():
+        for t, x in enumerate(x_TD):
+            used = torch.zeros(())
+            for w, e in zip(weight_TK[t], expert_TK[t], strict=True):
+                gate, linear = (up_EHD[e] @ x).chunk(2)
+                y = w * (down_EDF[e] @ (torch.nn.functional.silu(gate) * linear))
+                want[t] += y
+                used, ran = used + w, ran + 1
+                if (weight_TK[t].sum() - used) * y.norm() / w <= tolerance * want[t].norm():
+                    break
+            want[t] *= weight_TK[t].sum() / used
+    done = gk.huggingface.replace_moe_layers(model, early_exit=tolerance)
+    assert f"in waves, early_exit={tolerance}" in str(done)
+    with torch.no_grad(), gk.huggingface.watch_routers(block) as watches:
+        got = block(x_TD[None])[0]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert int(watches["gate"].kept_E.sum()) == ran
+    assert ran == 20 or tolerance < 1e9
+    assert 20 < ran < 80 or tolerance != 0.3
+    done.restore()
+    assert "_gose_early_exit" not in vars(block.experts)
+
+
 def test_capacity_drops_are_seen() -> None:
     model = _model()
     gk.huggingface.replace_moe_layers(model, router={"capacity": 3})
@@ -139,6 +171,8 @@ def test_own_layers_are_watched_too() -> None:
         ({"adaptive_k": 1.5}, "adaptive_k must be a mass in"),
         ({"adaptive_k": 0.0}, "adaptive_k must be a mass in"),
         ({"adaptive_k": [0.5, 0.2]}, "bands must be ascending"),
+        ({"early_exit": -0.1}, "early_exit must be a share of at least 0"),
+        ({"early_exit": 0.1, "keep": "packed"}, "and keep 'both'"),
         ({"adaptive_k": {"nobody": 0.5}}, "adaptive_k names 'nobody', which is no router"),
         ({"adaptive_k": 0.5, "router": {"adaptive": "mass"}}, "both say what adaptive is"),
     ],
