@@ -105,10 +105,14 @@ def train(
     rate: float,
     folder: Path,
     tell: Callable[[str], None],
+    balance: bool = True,
     every: int = 100,
 ) -> float:
     """CPU seconds of steps on windows that (seed, step) alone decide, cosine decay after 5 % of
-    warm-up; goes on from the newest checkpoint in `folder` and leaves one every `every` steps."""
+    warm-up; goes on from the newest checkpoint in `folder` and leaves one every `every` steps.
+
+    balance   with the model's own load-balancing loss, which knows the experts of its config alone
+    """
     found = checkpoint.latest(folder).checkpoint if folder.is_dir() else None
     done, before = 0, 0.0
     if found is not None:
@@ -125,7 +129,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate * warm * max(decay, 0.05)
         ids_BT = windows(text_N, BATCH, seed * 1_000_003 + step)
-        loss = net(input_ids=ids_BT, labels=ids_BT).loss
+        loss = net(input_ids=ids_BT, labels=ids_BT, output_router_logits=balance).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

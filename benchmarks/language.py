@@ -133,6 +133,7 @@ def _train(
         rate=_RATE if folder.name == "base" else _RATE / 4,
         folder=folder,
         tell=_tell,
+        balance=folder.name == "base",
     )
 
 
