@@ -5,6 +5,7 @@
 Trains a model of bytes (seeded; stopped at any moment, it goes on from its last checkpoint in
 DIR), and on files that training never saw measures
     adaptive   perplexity and expert FLOPs with adaptive_k at several masses, beside fixed top-k
+    weights    perplexity with int8 and int4 experts (`gose quantize`)
     second     C++ headers as a second domain: all weights trained, or two new experts a layer in a
                model that is otherwise frozen, whose first domain stays to the bit while they sleep
 """
@@ -15,6 +16,7 @@ import argparse
 import copy
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 
 import gose_kernels as gk
 from benchmarks import _language, _record
-from gose import adaptive
+from gose import adaptive, language, shrink
 
 _MASSES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
 _HEADER_BYTES = 2_000_000
@@ -62,6 +64,30 @@ def adaptive_rows(net: Any, text: _language.Text, windows: int) -> list[dict[str
         row(f"top {fixed}", point._replace(saving=1 - fixed / top_k))
     for router in routers:
         router.top_k = top_k
+    return rows
+
+
+def weights_rows(net: Any, text: _language.Text, windows: int) -> list[dict[str, Any]]:
+    """A row per format of the experts' weights: bytes and perplexity against float32."""
+    ids_BT = _language.windows(text.held_N, windows, seed=7)
+    full = language.perplexity(net, ids_BT)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / "whole"
+        net.save_pretrained(whole)
+        for weights in shrink.FORMATS:
+            planned = [row for row in shrink.plan(whole, weights) if row.quantized]
+            shrink.quantize(whole, Path(folder) / weights, weights)
+            perplexity = language.perplexity(language.load(Path(folder) / weights), ids_BT)
+            before, after = (sum(column) for column in zip(*(r[-2:] for r in planned), strict=True))
+            rows.append(
+                {
+                    "weights": weights,
+                    "smaller": before / after,
+                    "perplexity": perplexity,
+                    "rise": perplexity / full - 1,
+                }
+            )
     return rows
 
 
@@ -167,10 +193,11 @@ def main(argv: Sequence[str]) -> int:
     loss = _language.loss_of(net, text.held_N, options.windows)
     swapped.restore()
     rows = adaptive_rows(net, text, options.windows)
+    weights = weights_rows(net, text, options.windows)
     second = second_domain(
         net, text, steps=options.second_steps, windows=options.windows, folder=options.folder
     )
-    for found in (*rows, *second):
+    for found in (*rows, *weights, *second):
         print(found)
     if not options.quick:
         values = {
@@ -182,6 +209,7 @@ def main(argv: Sequence[str]) -> int:
             "held_bytes": options.windows * _language.LENGTH,
             "perplexity": math.exp(loss),
             "adaptive": rows,
+            "weights": weights,
             "second": second,
         }
         command = " ".join(["python -m benchmarks language", *argv])

@@ -211,6 +211,13 @@ def inspect(**options: Any) -> None:
         model_commands.inspect(**options)
 
 
+@app.command()
+@functools.wraps(model_commands.quantize)
+def quantize(**options: Any) -> None:
+    with _bad_input_exits_2():
+        model_commands.quantize(**options)
+
+
 def _config_of(recipe: str | None) -> config.SystemConfig:
     if recipe is None:
         raise ValueError(

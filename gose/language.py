@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gose import shrink
+
 _BATCH = 4
 
 
 def load(folder: Path) -> Any:
     """The causal language model in a folder, for inference; safetensors only, no code of its own.
+    Quantized weights (`shrink`) come in the dtype they had.
 
     ValueError for a folder without config.json or safetensors, RuntimeError without transformers.
     """
@@ -23,11 +26,18 @@ def load(folder: Path) -> Any:
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} has no *.safetensors: weights of other formats are not read")
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise RuntimeError(
             f"language.load: needs transformers >= 5.23 ({error}); pip install 'gose[hf]'"
         ) from error
+    if (folder / shrink.MANIFEST).exists():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            kind: Any = type(AutoModelForCausalLM.from_config(config))
+        return kind.from_pretrained(
+            None, config=config, state_dict=dict(shrink.read(folder))
+        ).eval()
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=False
     )

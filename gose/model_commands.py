@@ -1,4 +1,4 @@
-"""`gose calibrate` and `gose inspect`."""
+"""`gose calibrate`, `gose inspect` and `gose quantize`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gose import adaptive, checkpoint, inspection, language
+from gose import adaptive, checkpoint, inspection, language, shrink
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A folder of transformers.")]
 Length = Annotated[int, typer.Option(help="Tokens of a window.")]
@@ -83,6 +83,53 @@ def inspect(
     _console().print(table)
     if out is not None:
         typer.echo(f"picture: {out}")
+
+
+def quantize(
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="A new folder; not with --plan.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what would be done, from the headers alone.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """A copy of a model whose expert weights are int8 or int4, and the error of every layer."""
+    if plan == (out is not None):
+        raise ValueError("quantize: wants either OUT or --plan")
+    rows = shrink.plan(model, weights)
+    before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)
+    chosen = [row for row in rows if row.quantized]
+    report: dict[str, Any] = {"bytes_before": before, "bytes_after": after}
+    report |= {"tensors": len(rows), "quantized": len(chosen)}
+    if out is not None:
+        size_of = {row.name: row.bytes_before for row in rows}
+        layers: dict[str, list[tuple[float, int]]] = {}
+        for entry in shrink.quantize(model, out, weights):
+            layer = entry.name.split(".experts.")[0]
+            layers.setdefault(layer, []).append((entry.error, size_of[entry.name]))
+        report["layers"] = {
+            name: {
+                "mean_error": sum(e * n for e, n in found) / sum(n for _, n in found),
+                "largest_error": max(e for e, _ in found),
+            }
+            for name, found in layers.items()
+        }
+    if as_json:
+        _print_json(report)
+        return
+    if out is not None:
+        table = Table("layer", "mean error", "largest error", box=None)
+        for name, errors in report["layers"].items():
+            figures = (errors["mean_error"], errors["largest_error"])
+            table.add_row(name, *(f"{error:.2e}" for error in figures))
+        _console().print(table)
+    typer.echo(
+        f"{len(chosen)} of {len(rows)} tensors to {weights}: {before:,} -> {after:,} bytes "
+        f"({before / after:.2f}x smaller)"
+    )
 
 
 def _read(model: Path, text: Path, length: int, windows: int) -> tuple[Any, Any]:

@@ -167,15 +167,14 @@ def language_table(part: str) -> Callable[[], str]:
         for row in rows:
             cells = (f"{v:.4g}" if isinstance(v := row[c], float) else str(v) for c in columns)
             lines.append("| " + " | ".join(cells) + " |")
-        steps = result["steps"] if part == "adaptive" else result["second_steps"]
-        seconds = result["train_cpu_seconds"]
-        text = (
-            f"{steps} steps, {result['train_bytes'] / 1e6:.1f} MB read in {seconds:.0f} CPU "
-            f"seconds; {result['held_bytes']} bytes of {result['held_files']} held-out files."
-            if part == "adaptive"
-            else f"Nats per byte after {steps} steps on the headers."
-        )
-        return "\n".join([*lines, "", text])
+        notes = {
+            "adaptive": f"{result['steps']} steps, {result['train_bytes'] / 1e6:.1f} MB read in "
+            f"{result['train_cpu_seconds']:.0f} CPU seconds; {result['held_bytes']} bytes of "
+            f"{result['held_files']} held-out files.",
+            "weights": "The same model, perplexity against float32.",
+            "second": f"Nats per byte after {result['second_steps']} steps on the headers.",
+        }
+        return "\n".join([*lines, "", notes[part]])
 
     return lambda: _measured("language", table)
 
@@ -213,6 +212,7 @@ BLOCKS = {
     "route": route_table,
     "masked": masked_table,
     "adaptive": language_table("adaptive"),
+    "weights": language_table("weights"),
     "second": language_table("second"),
     "quantize": partial(rows_table, "quantize"),
     "distill_loss": partial(rows_table, "distill_loss"),
