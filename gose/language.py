@@ -33,8 +33,9 @@ def load(folder: Path) -> Any:
         ) from error
     if (folder / shrink.MANIFEST).exists():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
-            kind: Any = type(AutoModelForCausalLM.from_config(config))
+            kind: Any = type(auto.from_config(config))
         return kind.from_pretrained(
             None, config=config, state_dict=dict(shrink.read(folder))
         ).eval()

@@ -72,21 +72,27 @@ class LivingExperts:
         self._at = LivingLayer(layer)
         self._optimizer = optimizer
         self._changes = threading.RLock()
-        count = self._at.num_slots
-        given = [f"expert{e}" for e in range(count)] if names is None else list(names)
-        if len(given) != count or len(set(given)) != count:
-            self._at.release()
-            raise ValueError(
-                f"LivingExperts: names must be {count} different names, one per expert, got {given}"
-            )
         self._slots: list[str | None] = []
         self._removed: list[str] = []
         self._frozen_columns: set[str] = set()
+        try:
+            self._name(names)
+            if capacity is not None and capacity != self.capacity:
+                self.reserve(capacity)
+        except ValueError:
+            self._at.release()
+            raise
+
+    def _name(self, names: Sequence[str] | None) -> None:
+        count = self._at.num_slots
+        given = [f"expert{e}" for e in range(count)] if names is None else list(names)
+        if len(given) != count:
+            raise ValueError(
+                f"LivingExperts: names must be {count} names, one per expert, got {given}"
+            )
         for name in given:
             self._check_new("LivingExperts", name)
             self._slots.append(name)
-        if capacity is not None and capacity != count:
-            self.reserve(capacity)
 
     @property
     def names(self) -> tuple[str, ...]:

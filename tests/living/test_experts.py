@@ -333,8 +333,16 @@ def test_what_is_not_there_is_refused_by_name() -> None:
             call("expert0")
     with pytest.raises(ValueError, match="has a LivingExperts"):
         gk.LivingExperts(moe)
-    with pytest.raises(ValueError, match="names must be 4 different"):
-        gk.LivingExperts(new_layer(4), names=["a", "b", "b", "c"])
+    fresh = new_layer(4)
+    for options, message in (
+        ({"names": ["a", "b", "b", "c"]}, "expert 'b' exists"),
+        ({"names": ["a", "b"]}, "names must be 4 names, one per expert"),
+        ({"names": ["a", "b", "c", ""]}, "a name is 1 to 128"),
+        ({"capacity": 3}, "at least the 4 slots"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.LivingExperts(fresh, **options)
+        assert type(fresh) is gk.MoE and "live_E" not in fresh.gate._buffers
     with pytest.raises(ValueError, match="layer must be a gk"):
         gk.LivingExperts(torch.nn.Linear(2, 2))
 
