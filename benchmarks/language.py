@@ -143,7 +143,8 @@ def second_domain(
 def _busiest(net: Any, text: _language.Text) -> list[list[int]]:
     """Per layer the two experts that the text loads most."""
     with torch.no_grad(), gk.huggingface.watch_routers(net) as watches:
-        net(input_ids=_language.windows(text.train_N, _language.BATCH, seed=11))
+        ids_BT = _language.windows(text.train_N, _language.BATCH, seed=11)
+        net(input_ids=ids_BT, output_router_logits=False)
     return [watch.load_E.topk(2).indices.tolist() for watch in watches.values()]
 
 
