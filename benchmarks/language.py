@@ -27,7 +27,7 @@ import gose_kernels as gk
 from benchmarks import _language, _record
 from gose import adaptive, language, shrink
 
-_MASSES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
+_MASSES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.72, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
 _HEADER_BYTES = 2_000_000
 _RATE = 4e-3
 

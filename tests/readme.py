@@ -212,7 +212,7 @@ BLOCKS = {
     "route": route_table,
     "masked": masked_table,
     "adaptive": language_table("adaptive"),
-    "weights": language_table("weights"),
+    "shrunk": language_table("weights"),
     "second": language_table("second"),
     "quantize": partial(rows_table, "quantize"),
     "distill_loss": partial(rows_table, "distill_loss"),
