@@ -88,12 +88,13 @@ def system_table() -> str:
     return "\n".join([*lines, "", _source(result)])
 
 
-def _measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
-    """A table of a result, or how to get it where none is committed."""
+def _measured(name: str, table: Callable[[dict[str, Any]], str], command: str | None = None) -> str:
+    """A table of a result, or how to get it where none is committed: by the benchmark of its name
+    or another command."""
     try:
         result = _result(name)
     except FileNotFoundError:
-        return f"No measurement is committed: `python -m benchmarks {name}` makes one."
+        return f"No measurement is committed: `python -m benchmarks {command or name}` makes one."
     return f"{table(result)}\n\n{_source(result)}"
 
 
@@ -130,7 +131,7 @@ def weights_table() -> str:
         )
         return _cells.weights_table(cells, gk.quantized.WEIGHTS)
 
-    return _measured("layer_weights", table)
+    return _measured("layer_weights", table, "layer --weights int8,int4")
 
 
 def route_table() -> str:
