@@ -1,8 +1,9 @@
-"""The command line: run, show, data, doctor, explain. Nothing below this file prints."""
+"""The command line. Nothing but it, `data.commands` and `model_commands` prints."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import shlex
 import signal
@@ -23,7 +24,7 @@ from rich.table import Table as Grid
 
 import gose
 import gose_kernels as gk
-from gose import config, rundir, system
+from gose import config, model_commands, rundir, system
 from gose import doctor as machine
 from gose import report as reports
 from gose.data import DataError, TaskSpec
@@ -194,6 +195,27 @@ def explain(
     _stdout().print(grid)
     if device == "cuda" and not torch.cuda.is_available():
         typer.echo("No CUDA device is visible here: this is what tensors on one would meet.")
+
+
+@app.command()
+@functools.wraps(model_commands.calibrate)
+def calibrate(**options: Any) -> None:
+    with _bad_input_exits_2():
+        model_commands.calibrate(**options)
+
+
+@app.command()
+@functools.wraps(model_commands.inspect)
+def inspect(**options: Any) -> None:
+    with _bad_input_exits_2():
+        model_commands.inspect(**options)
+
+
+@app.command()
+@functools.wraps(model_commands.quantize)
+def quantize(**options: Any) -> None:
+    with _bad_input_exits_2():
+        model_commands.quantize(**options)
 
 
 def _config_of(recipe: str | None) -> config.SystemConfig:

@@ -15,6 +15,7 @@ from gose_kernels import (
     profiling,
     quantized,
 )
+from gose_kernels.living import Adapter, LivingExperts, LoraExperts, read_peft, upcycle
 from gose_kernels.moe import MoE, RouteStats
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
@@ -48,9 +49,12 @@ __all__ = [
     "FORMATS",
     "LOSSES",
     "OPS",
+    "Adapter",
     "Backend",
     "Cost",
     "Format",
+    "LivingExperts",
+    "LoraExperts",
     "MoE",
     "Op",
     "RouteStats",
@@ -84,7 +88,9 @@ __all__ = [
     "quantize",
     "quantize_experts",
     "quantized",
+    "read_peft",
     "route",
     "squared_grad",
     "unpack_experts",
+    "upcycle",
 ]

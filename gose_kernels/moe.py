@@ -169,6 +169,15 @@ class MoE(nn.Module):
     def _correction(self) -> Tensor | None:
         return getattr(self.gate, "e_score_correction_bias", None)
 
+    def _live_logits(self, x_TD: Tensor) -> Tensor:
+        """The router's scores, -inf for experts that `LivingExperts` keeps out."""
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = x_TD.to(dtype) @ self.gate.weight.to(dtype).mT
+        live_E = self.gate._buffers["live_E"]
+        assert live_E is not None
+        return logits_TE.masked_fill(~live_E, -torch.inf)
+
     def forward(
         self,
         x: Tensor,
@@ -186,9 +195,14 @@ class MoE(nn.Module):
         """
         x_TD = x.reshape(-1, x.shape[-1])
         experts = self.experts
+        logits_TE = None
+        if "live_E" in self.gate._buffers:
+            logits_TE = self._live_logits(x_TD)
+            own_E = experts._buffers["frozen_E"]
+            frozen_E = own_E if frozen_E is None or own_E is None else frozen_E | own_E
         out_TD, *stats = moe(
             *(x_TD, getattr(experts, experts.up_name), experts.down_proj, self.top_k),
-            *(self.gate.weight, None),
+            *(self.gate.weight if logits_TE is None else None, logits_TE),
             *(getattr(experts, f"{experts.up_name}_bias"), experts.down_proj_bias),
             *(frozen_E, frozen_EF, entropy_TE, entropy_E, self._correction(), noise_TE),
             **self.options,

@@ -137,7 +137,7 @@ class _Lists(NamedTuple):
     fresh: bool  # whether this is their first step
 
 
-class _MaskedOptimizer(torch.optim.Optimizer):
+class MaskedOptimizer(torch.optim.Optimizer):
     """What the three optimizers share: masks, the loop over tensors, checkpoints."""
 
     _op: ClassVar[Op]
@@ -214,6 +214,64 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         now = masks.frozen(where, shards.cut(where, param, mask), shape).to(param.device)
         if self.state.get(param):
             now = self._carry(param, now)
+        self._frozen[param] = now
+
+    def has(self, param: Tensor) -> bool:
+        """Whether this optimizer updates `param`."""
+        return any(param is p for p in self._params())
+
+    @torch.no_grad()
+    def rearrange(self, param: Tensor, values: Tensor, source: Sequence[int]) -> None:
+        """`param` takes `values`, whose rows keep the state that its rows had.
+
+        values   [len(source), ...] in param's dtype, on its device: only the first size may differ
+        source   for each row of values the row of param whose moments, step count, gradient and
+                 mask it gets, -1: none of them. float32 copies stay where they round to the values.
+        ValueError for a parameter that is not in this optimizer, a DTensor, an Importance, or
+        values that do not fit.
+        """
+        where = f"{type(self).__name__}.rearrange"
+        if not self.has(param) or shards.layout(param) or self._is_scored(param):
+            raise ValueError(f"{where}: param must be in this optimizer, no DTensor, no Importance")
+        fits = values.shape == (len(source), *param.shape[1:]) and values.dtype == param.dtype
+        if not fits or param.dim() == 0 or not all(-1 <= row < len(param) for row in source):
+            raise ValueError(
+                f"{where}: values must be {param.dtype} [{len(source)}, ...] and source rows of "
+                f"{tuple(param.shape)}, got {values.dtype} of shape {tuple(values.shape)}"
+            )
+        row = torch.tensor(source, device=param.device)
+
+        def moved(rows: Tensor, fresh: Tensor | float = 0) -> Tensor:
+            new = row.view(-1, *[1] * (rows.dim() - 1)) < 0
+            return torch.where(new, fresh, rows[row.clamp_min(0)]).to(rows.dtype)
+
+        before = self._frozen.get(param) or masks.free(param)
+        per_row = (len(param), *[1] * (param.dim() - 1))
+        common = masks.common_shape(before.shape, per_row, param.shape)
+        mask = moved(before.spread(common))
+        state = self.state.get(param, {})
+        if state:
+            had = moved(self._expand(param).view(len(param), -1))
+            if "step" in state:
+                count = state["step"]
+                if count.shape != before.shape:
+                    count = torch.where(before.as_bool(), 0, count)
+                state["step"] = moved(masks.spread(count, common))
+            for name in self._elementwise(state):
+                state[name] = moved(state[name])
+            if "master" in state:
+                wide, narrow = state["master"], values.to(state["master"].dtype)
+                state["master"] = torch.where(wide.to(values.dtype) == values, wide, narrow)
+        grad = None if param.grad is None else moved(param.grad)
+        if param.data_ptr() != values.data_ptr() or param.shape != values.shape:
+            param.grad, param.data = None, values
+        param.grad = grad
+        now = masks.frozen(where, mask, param.shape)
+        if state:
+            wanted = ~now.as_bool()
+            if self.freeze_state == "paused":
+                wanted |= had.reshape(wanted.numel(), -1).any(dim=1).view(wanted.shape)
+            self._compact(param, now, wanted)
         self._frozen[param] = now
 
     def _carry(self, param: Tensor, now: Frozen) -> Frozen:
@@ -495,7 +553,7 @@ class _MaskedOptimizer(torch.optim.Optimizer):
         return theirs
 
 
-class MaskedAdamW(_MaskedOptimizer):
+class MaskedAdamW(MaskedOptimizer):
     """AdamW [Loshchilov and Hutter 2019] or, with decoupled_weight_decay=False, Adam, with masks.
 
     Options as torch.optim.AdamW, and
@@ -553,7 +611,7 @@ class MaskedAdamW(_MaskedOptimizer):
         }
 
 
-class MaskedSGD(_MaskedOptimizer):
+class MaskedSGD(MaskedOptimizer):
     """SGD with momentum, Nesterov momentum and coupled weight decay, with masks.
 
     Options as torch.optim.SGD, and those of MaskedAdamW from `frozen` on. As in torch a parameter's
@@ -598,7 +656,7 @@ class MaskedSGD(_MaskedOptimizer):
         return {"dampening": dampening, **{name: group[name] for name in same}}
 
 
-class MaskedLion(_MaskedOptimizer):
+class MaskedLion(MaskedOptimizer):
     """Lion [Chen et al. 2023] with decoupled weight decay and masks.
 
     lr, betas, weight_decay, maximize as in the paper's Program 1, and the options of MaskedAdamW

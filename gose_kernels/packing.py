@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,10 @@ def _version(weights: Tensor) -> int:
     return 0 if weights.is_inference() else weights._version
 
 
+def _identity(weights: Tensor) -> tuple[object, ...]:
+    return weights.data_ptr(), weights.dtype, weights.shape, weights.stride()
+
+
 def _kept(
     weights: tuple[Tensor, ...],
     layout: tuple[object, ...],
@@ -63,7 +68,7 @@ def _kept(
 ) -> Packed | None:
     """The copy that is kept for these weights in this layout, else the one that `pack` makes; None
     for weights that are changing: the kernels pack those as they read them."""
-    key = (layout, *[(w.data_ptr(), w.dtype, w.shape, w.stride()) for w in weights])
+    key = (layout, *map(_identity, weights))
     versions = tuple([_version(w) for w in weights])
     found = _copies.get(key)
     if found is not None and found.versions == versions:
@@ -357,6 +362,50 @@ def packed_matrix(
         return packed_EB
 
     return _kept((w_EFD,), (transposed, dtype), pack, changing)
+
+
+@contextmanager
+def changing_experts(
+    w_up_EHD: Tensor, w_down_EDF: Tensor, experts: Sequence[int]
+) -> Iterator[None]:
+    """A context in which the weights of these experts alone may change, in place: afterwards the
+    copies that are kept have their rows anew, and the rows of the others as they were.
+
+    No op may read the weights meanwhile.
+    """
+    known = {_identity(w): w.detach() for w in (w_up_EHD, w_down_EDF)}
+
+    def of(key: tuple[object, ...]) -> list[Tensor]:
+        return [known[i] for i in key[1:] if isinstance(i, tuple) and i in known]
+
+    def versions(weights: Sequence[Tensor]) -> tuple[int, ...]:
+        return tuple(map(_version, weights))
+
+    with _lock:
+        current = [
+            (key, of(key))
+            for key, copy in _copies.items()
+            if len(of(key)) == len(key) - 1 and versions(of(key)) == copy.versions
+        ]
+    yield
+    with _lock:
+        for key, weights in current:
+            if (copy := _copies.get(key)) is not None:
+                for e in experts:
+                    _pack_row(key[0], [w[e : e + 1] for w in weights], copy.packed_EB[e : e + 1])
+                _copies[key] = copy._replace(versions=versions(weights))
+
+
+def _pack_row(layout: Any, weights: Sequence[Tensor], out: Tensor) -> None:
+    """One expert's row of a copy in a layout of `packed_experts` or `packed_matrix`."""
+    if len(weights) == 2:
+        gated, interleaved, transposed = layout
+        options = {"gated": gated, "interleaved": interleaved, "transposed": transposed}
+        pack_experts(*weights, **options, out=out)
+    else:
+        transposed, dtype = layout
+        w_1FD = weights[0].to(weights[0].dtype if dtype is None else dtype)
+        torch.ops.gose_native.pack_matrix(out, w_1FD, 0, False, False, transposed)
 
 
 def path_of(dtype: torch.dtype) -> str:

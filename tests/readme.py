@@ -88,12 +88,13 @@ def system_table() -> str:
     return "\n".join([*lines, "", _source(result)])
 
 
-def _measured(name: str, table: Callable[[dict[str, Any]], str]) -> str:
-    """A table of a result, or how to get it where none is committed."""
+def _measured(name: str, table: Callable[[dict[str, Any]], str], command: str | None = None) -> str:
+    """A table of a result, or how to get it where none is committed: by the benchmark of its name
+    or another command."""
     try:
         result = _result(name)
     except FileNotFoundError:
-        return f"No measurement is committed: `python -m benchmarks {name}` makes one."
+        return f"No measurement is committed: `python -m benchmarks {command or name}` makes one."
     return f"{table(result)}\n\n{_source(result)}"
 
 
@@ -130,7 +131,7 @@ def weights_table() -> str:
         )
         return _cells.weights_table(cells, gk.quantized.WEIGHTS)
 
-    return _measured("layer_weights", table)
+    return _measured("layer_weights", table, "layer --weights int8,int4")
 
 
 def route_table() -> str:
@@ -154,6 +155,39 @@ def masked_table() -> str:
         f"with 75 % of rows frozen: {share:.3f} of the whole."
     )
     return "\n".join([*lines, "", f"{text} {_source(result)}"])
+
+
+_LANGUAGE = {
+    "adaptive": ("way", "fewer_flops", "perplexity", "rise"),
+    "weights": ("weights", "smaller", "perplexity", "rise"),
+    "second": ("arm", "python", "headers"),
+}
+
+
+def language_table(part: str) -> str:
+    """One part of the small language model: its rows as they are."""
+
+    def cell(column: str, value: Any) -> str:
+        if column == "rise":
+            return f"{value:+.2%}"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    def table(result: dict[str, Any]) -> str:
+        columns = _LANGUAGE[part]
+        lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+        lines.append("|" + "---|" * len(columns))
+        for row in result[part]:
+            lines.append("| " + " | ".join(cell(c, row[c]) for c in columns) + " |")
+        notes = {
+            "adaptive": f"{result['steps']} steps, {result['train_bytes'] / 1e6:.1f} MB read in "
+            f"{result['train_cpu_seconds']:.0f} CPU seconds; {result['held_bytes']} bytes of "
+            f"{result['held_files']} held-out files.",
+            "weights": "Perplexity against that of the float32 weights.",
+            "second": f"Nats per byte after {result['second_steps']} steps on the headers.",
+        }
+        return "\n".join([*lines, "", notes[part]])
+
+    return _measured("language", table)
 
 
 def rows_table(name: str) -> str:
@@ -188,6 +222,9 @@ BLOCKS = {
     "weights": weights_table,
     "route": route_table,
     "masked": masked_table,
+    "adaptive": partial(language_table, "adaptive"),
+    "shrunk": partial(language_table, "weights"),
+    "second": partial(language_table, "second"),
     "quantize": partial(rows_table, "quantize"),
     "distill_loss": partial(rows_table, "distill_loss"),
     "squared_grad": partial(rows_table, "squared_grad"),

@@ -27,6 +27,7 @@ LAYERS = [
     ["gose_kernels.ops"],
     ["gose_kernels.optim", "gose_kernels.moe"],
     ["gose_kernels.huggingface"],
+    ["gose_kernels.living"],
     ["gose_kernels"],
     ["gose"],
     ["benchmarks"],
@@ -37,10 +38,12 @@ LAYERS = [
 THIRD_PARTY = {
     "gose_kernels.triton": ({"torch", "triton"}, set()),
     "gose_kernels": ({"torch"}, {"nvtx", "triton", "transformers"}),
+    "gose_kernels.living": ({"torch"}, {"safetensors"}),
     "gose": (
         {"torch", "numpy", "safetensors", "pydantic", "typer", "rich"},
         {"matplotlib", "jinja2"},
     ),
+    "gose.language": ({"torch"}, {"transformers"}),
 }
 
 

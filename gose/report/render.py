@@ -6,17 +6,12 @@ from html import escape
 from pathlib import Path
 
 from gose import checkpoint
+from gose.report import svg
 from gose.report.contents import Figure, Part, Report, Table, read
 
-_STYLE = """
-:root { color-scheme: light dark; --surface: #fcfcfb; --ink: #0b0b0b; --muted: #52514e;
-  --grid: #e1e0d9; --stripe: #f4f3ee; --good: #006300; --bad: #b3261e;
-  --series-1: #2a78d6; --series-2: #eb6834; --series-3: #1baf7a; --series-4: #eda100;
-  --series-5: #e87ba4; --series-6: #008300; --series-7: #4a3aa7; --series-8: #e34948; }
-@media (prefers-color-scheme: dark) { :root { --surface: #1a1a19; --ink: #ffffff;
-  --muted: #c3c2b7; --grid: #3a3a37; --stripe: #232322; --good: #5fc75f; --bad: #ff8a80;
-  --series-1: #3987e5; --series-2: #d95926; --series-3: #199e70; --series-4: #c98500;
-  --series-5: #d55181; --series-6: #3fa33f; --series-7: #9085e9; --series-8: #e66767; } }
+_STYLE = (
+    svg.STYLE
+    + """
 body { margin: 0 auto; padding: 24px 16px 64px; max-width: 1080px; background: var(--surface);
   color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
 h1 { font-size: 26px; margin: 0; overflow-wrap: anywhere; }
@@ -26,11 +21,6 @@ figure { margin: 20px 0 0; }
 figcaption { font-weight: 600; font-size: 14px; margin-bottom: 6px; max-width: 100ch; }
 .images { display: flex; flex-wrap: wrap; gap: 20px 28px; }
 .scroll { overflow-x: auto; margin: 10px 0; }
-svg { max-width: 100%; height: auto; font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
-svg text { fill: var(--ink); font-variant-numeric: tabular-nums; }
-svg .muted { fill: var(--muted); }
-svg .grid { stroke: var(--grid); stroke-width: 1; }
-svg .divider { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 2 4; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; color: var(--muted); border-bottom: 1px solid var(--grid); }
@@ -42,6 +32,7 @@ details { margin: 8px 0; font-size: 14px; }
 summary { cursor: pointer; color: var(--muted); }
 pre { overflow-x: auto; background: var(--stripe); padding: 12px; font-size: 13px; }
 """
+)
 
 
 def write(path: Path) -> tuple[Path, Path]:

@@ -15,6 +15,21 @@ from html import escape
 Point = tuple[float, float]
 Format = Callable[[float], str]
 
+# What the figures need of the page that shows them.
+STYLE = """:root { color-scheme: light dark; --surface: #fcfcfb; --ink: #0b0b0b; --muted: #52514e;
+  --grid: #e1e0d9; --stripe: #f4f3ee; --good: #006300; --bad: #b3261e;
+  --series-1: #2a78d6; --series-2: #eb6834; --series-3: #1baf7a; --series-4: #eda100;
+  --series-5: #e87ba4; --series-6: #008300; --series-7: #4a3aa7; --series-8: #e34948; }
+@media (prefers-color-scheme: dark) { :root { --surface: #1a1a19; --ink: #ffffff;
+  --muted: #c3c2b7; --grid: #3a3a37; --stripe: #232322; --good: #5fc75f; --bad: #ff8a80;
+  --series-1: #3987e5; --series-2: #d95926; --series-3: #199e70; --series-4: #c98500;
+  --series-5: #d55181; --series-6: #3fa33f; --series-7: #9085e9; --series-8: #e66767; } }
+svg { max-width: 100%; height: auto; font: 12px system-ui, -apple-system, "Segoe UI", sans-serif; }
+svg text { fill: var(--ink); font-variant-numeric: tabular-nums; }
+svg .muted { fill: var(--muted); }
+svg .grid { stroke: var(--grid); stroke-width: 1; }
+svg .divider { stroke: var(--muted); stroke-width: 1; stroke-dasharray: 2 4; }
+"""
 NUM_COLORS = 8
 _CHAR = 7.2  # px per character at 12 px in a wide sans-serif
 # Light to dark blue; the text on a cell turns white where the fill is darker than the middle.
@@ -155,6 +170,43 @@ def points(
         anchor = "end" if leftwards else "start"
         parts.append(_text(box[2] if leftwards else box[0], box[3] - 4, name, anchor=anchor))
     return _svg(_WIDTH, _HEIGHT, parts, f"Points: {y_label} against {x_label}")
+
+
+def strips(rows: Mapping[str, Sequence[float]], *, title: str, form: Format) -> str:
+    """A strip of cells per row, light at 0 to dark at the row's largest value, 0 itself crossed
+    out; the name at the left, the largest value at the right."""
+    left = 12 + _CHAR * max((len(name) for name in rows), default=0)
+    longest = max((len(values) for values in rows.values()), default=1)
+    cell, high, top = min(28.0, max(4.0, 640.0 / longest)), 20.0, 28.0
+    parts = [_text(4, 16, title, weight=600)]
+    for index, (name, values) in enumerate(rows.items()):
+        y = top + index * (high + 6)
+        most = max(values, default=0.0)
+        parts.append(_text(4, y + 14, name))
+        for column, value in enumerate(values):
+            x = left + column * cell
+            fill = _ramp(value / most) if most > 0 else _RAMP[0]
+            hint = escape(f"{name}, {column}: {form(value)}")
+            parts.append(
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{cell - 1:.1f}" height="{high:.0f}" '
+                f'fill="{fill}"><title>{hint}</title></rect>'
+            )
+            if value == 0:
+                parts.append(
+                    f'<line class="divider" x1="{x:.1f}" y1="{y + high:.1f}" '
+                    f'x2="{x + cell - 1:.1f}" y2="{y:.1f}"/>'
+                )
+        end = left + len(values) * cell + 6
+        parts.append(_text(end, y + 14, f"max {form(most)}", muted=True))
+    width = left + longest * cell + 90
+    return _svg(width, top + len(rows) * (high + 6) + 6, parts, title)
+
+
+def alone(figure: str) -> str:
+    """A figure as a file of its own."""
+    tag = '<svg xmlns="http://www.w3.org/2000/svg" '
+    head, _, rest = figure.partition(">")
+    return f"{head.replace('<svg ', tag, 1)}><style>{escape(STYLE)}</style>{rest}\n"
 
 
 _Box = tuple[float, float, float, float]  # left, top, right, bottom

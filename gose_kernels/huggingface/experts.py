@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gose_kernels.huggingface.forms import form_of
+from gose_kernels.huggingface.waves import in_waves
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.expert_mlp import expert_mlp
@@ -125,22 +126,45 @@ def _forward(module: Any, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) ->
         bias_up = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
         bias_down = module.down_proj_bias
     transposed = bool(module.is_transposed)
+    frozen_E = module._buffers.get("frozen_E")  # of LivingExperts
     if form is not None:
-        out_TD: Tensor = expert_mlp(
-            *(x_TD, weight_TK, expert_TK, up, module.down_proj, bias_up, bias_down),
-            activation=form.activation,
-            interleaved=form.interleaved,
-            limit=form.limit,
-            alpha=form.alpha,
-            transposed=transposed,
-        )
+        found = form
+
+        def run(x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> Tensor:
+            out_TD: Tensor = expert_mlp(
+                *(x_TD, weight_TK, expert_TK, up, module.down_proj, bias_up, bias_down, frozen_E),
+                activation=found.activation,
+                interleaved=found.interleaved,
+                limit=found.limit,
+                alpha=found.alpha,
+                transposed=transposed,
+            )
+            return out_TD
+
+        early_exit = vars(module).get("_gose_early_exit")
+        if early_exit is None or torch.is_grad_enabled():
+            return run(x_TD, weight_TK, expert_TK)
+        E = module.num_experts
+        out_TD, ran_TK = in_waves(run, x_TD, weight_TK, expert_TK, E, early_exit)
+        if (watch := vars(module).get("_gose_watch")) is not None:
+            watch.left_out(expert_TK[~ran_TK])
         return out_TD
+    down = module.down_proj
+    if frozen_E is not None and torch.is_grad_enabled():
+        up, down, bias_up, bias_down = (_still(w, frozen_E) for w in (up, down, bias_up, bias_down))
     row_TK, token_N, offset_E1 = dispatch(expert_TK, module.num_experts)
     x_ND = x_TD[token_N.clamp_min(0)]
     pre_NH = grouped_gemm(x_ND, up, offset_E1, bias_up, transposed=transposed)
     a_NF = module._apply_gate(pre_NH) if module.has_gate else module.act_fn(pre_NH)
-    y_ND = grouped_gemm(a_NF, module.down_proj, offset_E1, bias_down, transposed=transposed)
+    y_ND = grouped_gemm(a_NF, down, offset_E1, bias_down, transposed=transposed)
     if module.has_post_expert_norm:
         y_ND = module.post_expert_norm(y_ND)
     summed_TD: Tensor = combine(y_ND, weight_TK, row_TK)
     return summed_TD
+
+
+def _still(weights: Tensor | None, frozen_E: Tensor) -> Tensor | None:
+    """Weights whose gradient is 0 for frozen experts."""
+    if weights is None:
+        return None
+    return torch.where(frozen_E.view(-1, *[1] * (weights.dim() - 1)), weights.detach(), weights)

@@ -77,8 +77,8 @@ def _linear(module: Any, name: str) -> nn.Linear | None:
     return found if isinstance(found, nn.Linear) else None
 
 
-def _mlp(expert: nn.Module) -> list[nn.Linear] | None:
-    """(gate, up, down) or (up, down) of one expert."""
+def dense_parts(expert: nn.Module) -> list[nn.Linear] | None:
+    """(gate, up, down) or (up, down) of one MLP; None for anything else."""
     for names in (*_GATED, *_PLAIN):
         layers = [_linear(expert, name) for name in names]
         if all(layers) and sum(isinstance(m, nn.Linear) for m in expert.modules()) == len(names):
@@ -94,7 +94,7 @@ def _list_of_experts(layer: nn.Module) -> Layout | None:
     experts = getattr(layer, "experts", None)
     if not isinstance(experts, nn.ModuleList) or len(experts) == 0:
         return None
-    mlps = [_mlp(e) for e in experts]
+    mlps = [dense_parts(e) for e in experts]
     gate = next((g for n in _GATES if (g := _linear(layer, n)) is not None), None)
     top_k = _top_k(layer, getattr(layer, "config", None))
     if gate is None or gate.bias is not None or top_k is None or not all(mlps):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
@@ -14,6 +14,22 @@ from gose_kernels.huggingface.layouts import Layout, layout_of, own_layer, write
 from gose_kernels.huggingface.packed import PackedExperts, finite, why_not_packed
 from gose_kernels.huggingface.routers import swap_router, unswap_router
 from gose_kernels.quantized import check_weights
+
+AdaptiveK: TypeAlias = float | Sequence[float]
+
+
+def adaptive_options(adaptive_k: AdaptiveK | None) -> dict[str, Any]:
+    """Options of `route` for one router's `adaptive_k`; ValueError for what is none."""
+    if adaptive_k is None:
+        return {}
+    if isinstance(adaptive_k, int | float):
+        if not 0 < adaptive_k <= 1:
+            raise ValueError(
+                f"replace_moe_layers: adaptive_k must be a mass in (0, 1] or ascending entropies, "
+                f"got {adaptive_k}"
+            )
+        return {"adaptive": "mass", "mass": float(adaptive_k)}
+    return {"adaptive": "bands", "bands": [float(band) for band in adaptive_k]}
 
 
 class Row(NamedTuple):
@@ -70,6 +86,8 @@ def replace_moe_layers(
     model: nn.Module,
     *,
     router: Mapping[str, Any] | None = None,
+    adaptive_k: AdaptiveK | Mapping[str, AdaptiveK] | None = None,
+    early_exit: float | None = None,
     entropy_E: Tensor | Mapping[str, Tensor] | None = None,
     keep: Literal["both", "packed"] = "both",
     weights: Literal["int8", "int4"] | None = None,
@@ -82,6 +100,12 @@ def replace_moe_layers(
 
     router     None leaves routers alone. {} runs them on `route` with their own numbers; options
                of `route` change them: {"adaptive": "mass", "mass": 0.8}, {"policy": "egs"}, ...
+    adaptive_k fewer experts for tokens that the router is sure of, one value for all routers or one
+               per name: a number m keeps the fewest of a token's top_k experts whose
+               probabilities sum to m; ascending numbers b_1, b_2, ... keep 1 + how many of them
+               the router's entropy (in [0, 1]) is above
+    early_exit without gradients experts run in waves, every token's best first, and a token leaves
+               when its other experts could add no more than this share of its output (`waves`)
     entropy_E  for policy egs: the experts' entropies, one [E] for all routers or one per name
     keep       "packed" leaves only the packed copy of the experts' weights, for inference:
                half the memory, no gradient; layers are packed expert by expert
@@ -94,12 +118,20 @@ def replace_moe_layers(
         raise ValueError(f"replace_moe_layers: keep must be 'both' or 'packed', got {keep!r}")
     if weights is not None:
         check_weights("replace_moe_layers", weights)
+    packs = keep == "packed" or weights is not None
+    if early_exit is not None and (packs or not 0 <= early_exit < float("inf")):
+        raise ValueError(
+            "replace_moe_layers: early_exit must be a share of at least 0, and keep 'both' without "
+            f"weights, got {early_exit}, {keep!r} and {weights!r}"
+        )
     done = Replaced()
     try:
         _experts(model, done)
-        if router is not None:
-            _routers(model, done, router, entropy_E)
-        if keep == "packed" or weights is not None:
+        if router is not None or adaptive_k is not None:
+            _routers(model, done, router or {}, adaptive_k, entropy_E)
+        if early_exit is not None:
+            _waves(model, done, early_exit)
+        if packs:
             _pack(model, done, weights)
         _own(model, done)
     except BaseException:
@@ -138,33 +170,63 @@ def _experts(model: nn.Module, done: Replaced) -> None:
             done._add(name, module, True, f"expert_mlp, {form.activation}")
 
 
+def _waves(model: nn.Module, done: Replaced, early_exit: float) -> None:
+    for at, row in enumerate(done.rows):
+        module = model.get_submodule(row.name)
+        if not _is_experts(module):
+            continue
+        if row.swapped and form_of(module) is not None and not module.has_post_expert_norm:
+            vars(module)["_gose_early_exit"] = early_exit
+            done._undo.append(functools.partial(vars(module).pop, "_gose_early_exit"))
+            done.rows[at] = row._replace(how=f"{row.how}; in waves, early_exit={early_exit}")
+        else:
+            done.rows[at] = row._replace(how=f"{row.how}; not in waves")
+
+
 def _is_router(module: nn.Module) -> bool:
     named = any(word in type(module).__name__ for word in ("Router", "Gate"))
     return hasattr(module, "top_k") or (named and len(list(module.parameters())) > 0)
+
+
+def routers_of(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+    """(name, router, experts) of every router that stands beside an experts module."""
+    found: dict[str, tuple[str, nn.Module, nn.Module]] = {}
+    for path, experts in list(model.named_modules()):
+        home = path.rpartition(".")[0]
+        if not _is_experts(experts):
+            continue
+        for child, module in model.get_submodule(home).named_children():
+            name = f"{home}.{child}".lstrip(".")
+            if not _is_experts(module) and _is_router(module):
+                found.setdefault(name, (name, module, experts))
+    return list(found.values())
 
 
 def _routers(
     model: nn.Module,
     done: Replaced,
     options: Mapping[str, Any],
+    adaptive_k: AdaptiveK | Mapping[str, AdaptiveK] | None,
     entropy_E: Tensor | Mapping[str, Tensor] | None,
 ) -> None:
-    homes = [n.rpartition(".")[0] for n, m in model.named_modules() if _is_experts(m)]
-    seen: set[str] = set()
-    for home in homes:
-        for child, module in model.get_submodule(home).named_children():
-            name = f"{home}.{child}".lstrip(".")
-            if name in seen or _is_experts(module) or not _is_router(module):
-                continue
-            seen.add(name)
-            given = entropy_E.get(name) if isinstance(entropy_E, Mapping) else entropy_E
-            found = swap_router(module, options, given)
-            if isinstance(found, str):
-                done._add(name, module, False, found)
-                continue
-            done._undo.append(functools.partial(unswap_router, module))
-            chosen = ", ".join(f"{key}={value}" for key, value in found.options.items())
-            done._add(name, module, True, f"route, {chosen}")
+    if adaptive_k is not None and {"adaptive", "mass", "bands"} & set(options):
+        raise ValueError("replace_moe_layers: adaptive_k and router both say what adaptive is")
+    found_all = [(name, router) for name, router, _ in routers_of(model)]
+    if isinstance(adaptive_k, Mapping) and (unknown := set(adaptive_k) - {n for n, _ in found_all}):
+        raise ValueError(
+            f"replace_moe_layers: adaptive_k names {min(unknown)!r}, which is no router; routers: "
+            f"{', '.join(n for n, _ in found_all)}"
+        )
+    for name, module in found_all:
+        given = entropy_E.get(name) if isinstance(entropy_E, Mapping) else entropy_E
+        own = adaptive_k.get(name) if isinstance(adaptive_k, Mapping) else adaptive_k
+        found = swap_router(module, {**options, **adaptive_options(own)}, given)
+        if isinstance(found, str):
+            done._add(name, module, False, found)
+            continue
+        done._undo.append(functools.partial(unswap_router, module))
+        chosen = ", ".join(f"{key}={value}" for key, value in found.options.items())
+        done._add(name, module, True, f"route, {chosen}")
 
 
 def _pack(model: nn.Module, done: Replaced, weights: str | None) -> None:

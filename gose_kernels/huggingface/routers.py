@@ -182,13 +182,15 @@ def _with_dtypes(
     return "its logits in bfloat16 are not tokens times weight"
 
 
-def _route(
+def routed(
     self: Any, hidden_states: Tensor, *given: Tensor | None, **named: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """forward of a swapped router: logits, weights, experts (num_experts marks an unused slot)."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """What a swapped router's forward is made of: its logits, and the six outputs of `route`."""
     routing: Routing = self._gose_routing
     x_TD = hidden_states.reshape(-1, self.weight.shape[1])
     logits_TE = _logits(self, x_TD, routing.exact, routing.autocast)
+    if "live_E" in self._buffers:
+        logits_TE = logits_TE.masked_fill(~self.live_E, -torch.inf)
     options = routing.options
     bias_E = None
     if "sigmoid" in (options["policy"], options.get("gate")):
@@ -197,9 +199,15 @@ def _route(
     entropy_E = routing.entropy_E
     if entropy_E is not None:
         entropy_E = entropy_E.to(logits_TE.device)
-    weight_TK, expert_TK, *_ = route(
-        logits_TE, self.top_k, entropy_E=entropy_E, bias_E=bias_E, **options
-    )
+    return logits_TE, route(logits_TE, self.top_k, entropy_E=entropy_E, bias_E=bias_E, **options)
+
+
+def _route(
+    self: Any, hidden_states: Tensor, *given: Tensor | None, **named: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """forward of a swapped router: logits, weights, experts (num_experts marks an unused slot)."""
+    routing: Routing = self._gose_routing
+    logits_TE, (weight_TK, expert_TK, *_) = routed(self, hidden_states, *given, **named)
     weight_TK = weight_TK * routing.scale
     weight_TK = weight_TK if routing.float_weights else weight_TK.to(hidden_states.dtype)
     logits_TE = logits_TE.float() if routing.float_logits else logits_TE
@@ -235,6 +243,11 @@ def swap_router(
 
 
 def unswap_router(router: nn.Module) -> None:
-    """The router as it was before `swap_router`."""
+    """The router as it was before `swap_router`; ValueError while a LivingExperts has it."""
+    if "live_E" in router._buffers:
+        raise ValueError(
+            f"restore: the experts of {type(router).__name__} are in a LivingExperts, whose free "
+            "slots this router would choose; call its settle() first"
+        )
     del vars(router)["_gose_routing"]
     router.__class__ = type(router).__mro__[1]

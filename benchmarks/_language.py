@@ -1,0 +1,172 @@
+"""A small MoE language model of bytes, and the text that it is trained on: real, and installed
+wherever this runs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sysconfig
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gose import checkpoint
+
+LENGTH, BATCH = 256, 16  # bytes of a window, windows of a step
+_SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
+_HELD_OUT = 20  # one file of so many
+
+
+class Text(NamedTuple):
+    """Bytes of files, one after the other, uint8; held: of files that training never sees."""
+
+    train_N: Tensor
+    held_N: Tensor
+    files: int
+    held_files: int
+
+
+def python_library() -> Text:
+    """The source of the standard library of the Python that runs."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    return _read(root, (p for p in root.rglob("*.py") if not _SKIPPED & set(p.parts)), 1 << 30)
+
+
+def cpp_headers(most_bytes: int) -> Text:
+    """The C++ headers that come with torch, of every 16th file at most `most_bytes` in all."""
+    root = Path(torch.__file__).parent / "include"
+    return _read(root, sorted(root.rglob("*.h"))[::16], most_bytes)
+
+
+def _read(root: Path, paths: Iterable[Path], most_bytes: int) -> Text:
+    parts: dict[bool, list[bytes]] = {True: [], False: []}
+    size = 0
+    for path in sorted(paths):
+        content = path.read_bytes()
+        size += len(content)
+        if size > most_bytes:
+            break
+        digest = hashlib.sha256(str(path.relative_to(root)).encode()).digest()
+        parts[digest[0] % _HELD_OUT == 0].append(content)
+    train, held = (
+        torch.frombuffer(bytearray(b"".join(parts[is_held])), dtype=torch.uint8)
+        for is_held in (False, True)
+    )
+    return Text(train, held, len(parts[False]), len(parts[True]))
+
+
+def windows(text_N: Tensor, count: int, seed: int) -> Tensor:
+    """[count, LENGTH] int64: windows of a text at places that the seed draws."""
+    generator = torch.Generator().manual_seed(seed)
+    start_B = torch.randint(len(text_N) - LENGTH, (count,), generator=generator)
+    return text_N[start_B[:, None] + torch.arange(LENGTH)].long()
+
+
+def model(seed: int, experts: int = 16, top_k: int = 4) -> Any:
+    """A Qwen3-MoE of 4 layers on bytes, 2 million parameters in experts; on these kernels."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"head_dim": 32}  # which the class takes and does not declare
+    config = Qwen3MoeConfig(
+        **options,
+        vocab_size=256,
+        hidden_size=128,
+        intermediate_size=256,
+        moe_intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        output_router_logits=True,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def train(
+    net: Any,
+    optimizer: torch.optim.Optimizer,
+    text_N: Tensor,
+    *,
+    steps: int,
+    seed: int,
+    rate: float,
+    folder: Path,
+    tell: Callable[[str], None],
+    balance: bool = True,
+    every: int = 100,
+) -> float:
+    """CPU seconds of steps on windows that (seed, step) alone decide, cosine decay after 5 % of
+    warm-up; goes on from the newest checkpoint in `folder` and leaves one every `every` steps.
+
+    balance   with the model's own load-balancing loss, which knows the experts of its config alone
+    """
+    found = checkpoint.latest(folder).checkpoint if folder.is_dir() else None
+    done, before = 0, 0.0
+    if found is not None:
+        done, before = found.step, float(str(found.extra["cpu_seconds"]))
+        net.load_state_dict(_part(found.state.tensors, "net."))
+        state = optimizer.state_dict()
+        state["state"] = _nested(_part(found.state.tensors, "optimizer."))
+        optimizer.load_state_dict(state)
+    net.train()
+    start = time.process_time() - before
+    for step in range(done, steps):
+        warm = min(1.0, (step + 1) / (0.05 * steps))
+        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * warm * max(decay, 0.05)
+        ids_BT = windows(text_N, BATCH, seed * 1_000_003 + step)
+        loss = net(input_ids=ids_BT, labels=ids_BT, output_router_logits=balance).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 25 == 0:
+            tell(f"step {step + 1}/{steps}: loss {loss.item():.4f}")
+        if (step + 1) % every == 0 or step + 1 == steps:
+            before = time.process_time() - start
+            tensors = {f"net.{name}": t for name, t in net.state_dict().items()}
+            for index, entry in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{name}": t for name, t in entry.items()}
+            tensors = {name: t.detach().clone().contiguous() for name, t in tensors.items()}
+            trained = checkpoint.State(tensors, {})
+            checkpoint.save(folder, trained, step=step + 1, extra={"cpu_seconds": before})
+    return before
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, of = name.partition(".")
+        found.setdefault(int(index), {})[of] = tensor
+    return found
+
+
+@torch.no_grad()
+def loss_of(net: Any, text_N: Tensor, count: int, seed: int = 7) -> float:
+    """Mean nats per byte over `count` windows that the seed draws."""
+    net.eval()
+    total = 0.0
+    for ids_BT in windows(text_N, count, seed).split(BATCH):
+        logits_BTC = net(input_ids=ids_BT, output_router_logits=False).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits_BTC.flatten(0, 1).double(), ids_BT[:, 1:].flatten(), reduction="sum"
+        )
+        total += float(losses)
+    return total / (count * (LENGTH - 1))
