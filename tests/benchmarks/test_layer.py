@@ -296,7 +296,7 @@ def test_readme_takes_the_cells_that_it_names(tmp_path, monkeypatch):
 
 
 def test_quantized_weights_are_compared_with_our_own_dtype(tmp_path, capsys):
-    words = ("--weights", "int8,int4", "--tokens", "4")
+    words = ("--weights", "int8,int4", "--tokens", "4", "--dtype", "bfloat16")
     options = _options(*words)
     assert options.peers == ["gose", "gose_int8", "gose_int4"]
     options.out = tmp_path
