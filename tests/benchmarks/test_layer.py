@@ -304,8 +304,9 @@ def test_quantized_weights_are_compared_with_our_own_dtype(tmp_path, capsys):
     layer.run(options, kept.update, {}, _probe)
     peers = kept["steady tiny bfloat16 4 kept cold"]["peers"]
     assert peers["gose"]["error"] < 5e-3
-    assert 5e-3 < peers["gose_int8"]["error"] < 1.5e-2
-    assert 5e-2 < peers["gose_int4"]["error"] < 0.13
+    # Of four tokens and 64 columns: what is allowed of a layer of some size scatters here.
+    assert 5e-3 < peers["gose_int8"]["error"] < 2e-2
+    assert 5e-2 < peers["gose_int4"]["error"] < 0.15
     capsys.readouterr()
     cell = _cell(gose=(2.0, 4.0, 6.0), gose_int8=(1.0, 2.0, 2.0))
     cell["peers"]["gose_int8"]["error"] = 0.012
