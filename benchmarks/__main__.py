@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]`: runs benchmarks/NAME.py; a dash for an underscore."""
+"""`python -m benchmarks NAME [options]`: runs benchmarks/NAME.py; dashes are as good."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import benchmarks
 def main(argv: list[str]) -> int:
     """Exit code of the named benchmark; 2 for a name that is not one."""
     names = sorted(
-        module.name.replace("_", "-")
+        module.name
         for module in pkgutil.iter_modules(benchmarks.__path__)
         if not module.name.startswith("_")
     )
-    if not argv or argv[0] not in names:
+    if not argv or argv[0].replace("-", "_") not in names:
         given = repr(argv[0]) if argv else "none"
         print(f"benchmarks: wants one of {', '.join(names)}, got {given}", file=sys.stderr)
         return 2
