@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -436,7 +437,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(argv)
     name = "layer_weights" if options.weights else "layer"
     name = f"{name}_quick" if options.quick else name
-    command = f"python -m benchmarks layer {' '.join(argv)}".strip()
+    words = ["PYTHON" if before == "--peer-python" else a for before, a in pairwise(["", *argv])]
+    command = f"python -m benchmarks layer {' '.join(words)}".strip()
     path = options.out / f"{name}.json"
     try:
         cells = load(path, options.threads)
