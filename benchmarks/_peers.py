@@ -218,7 +218,8 @@ def _vllm_library() -> None:
         raise ModuleNotFoundError("No module named 'vllm'")
     name = "_C_AVX2"
     if _cap() != "avx2" and torch.cpu._is_avx512_supported():
-        name = "_C" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512"
+        products = _cap() != "avx512" and torch.cpu._is_avx512_bf16_supported()
+        name = "_C" if products else "_C_AVX512"
     # The library depends on the folder's other libraries, but on none of vllm's Python.
     torch.ops.load_library(str(Path(found.submodule_search_locations[0]) / f"{name}.abi3.so"))
     torch.cpu._init_amx()  # the ops do not ask the kernel for the tiles themselves

@@ -24,11 +24,11 @@ ALLOCATORS: Mapping[str, Mapping[str, str]] = {
 CAPS: Mapping[str, Mapping[str, str]] = {
     "": {},
     "avx512": {
-        "GOSE_ISA": "avx512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
+        "GOSE_ISA": "avx512",  # float32 multiply-adds: no vdpbf16ps
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
         "ATEN_CPU_CAPABILITY": "avx512",
-        "KT_KERNEL_CPU_VARIANT": "avx512_bf16",
+        "KT_KERNEL_CPU_VARIANT": "avx512_vnni",
     },
     "avx2": {
         "GOSE_ISA": "avx2",
