@@ -18,16 +18,19 @@ from gose import checkpoint
 
 LENGTH, BATCH = 256, 16  # bytes of a window, windows of a step
 _SKIPPED = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
-_HELD_OUT = 20  # one file of so many
+_PARTS = 20  # of the files, one part is validated on and one tested on
 
 
 class Text(NamedTuple):
-    """Bytes of files, one after the other, uint8; held: of files that training never sees."""
+    """Bytes of files, one after the other, uint8, and how many files. Every file is in one of three
+    parts: what is trained on, what numbers are chosen on, and what they are judged on."""
 
     train_N: Tensor
-    held_N: Tensor
-    files: int
-    held_files: int
+    validation_N: Tensor
+    test_N: Tensor
+    train_files: int
+    validation_files: int
+    test_files: int
 
 
 def python_library() -> Text:
@@ -37,26 +40,33 @@ def python_library() -> Text:
 
 
 def cpp_headers(most_bytes: int) -> Text:
-    """The C++ headers that come with torch, of every 16th file at most `most_bytes` in all."""
+    """The C++ headers that come with torch, of every 4th file at most `most_bytes` in all."""
     root = Path(torch.__file__).parent / "include"
-    return _read(root, sorted(root.rglob("*.h"))[::16], most_bytes)
+    return _read(root, sorted(root.rglob("*.h"))[::4], most_bytes)
 
 
 def _read(root: Path, paths: Iterable[Path], most_bytes: int) -> Text:
-    parts: dict[bool, list[bytes]] = {True: [], False: []}
+    parts: tuple[list[bytes], ...] = ([], [], [])
     size = 0
     for path in sorted(paths):
         content = path.read_bytes()
         size += len(content)
         if size > most_bytes:
             break
-        digest = hashlib.sha256(str(path.relative_to(root)).encode()).digest()
-        parts[digest[0] % _HELD_OUT == 0].append(content)
-    train, held = (
-        torch.frombuffer(bytearray(b"".join(parts[is_held])), dtype=torch.uint8)
-        for is_held in (False, True)
+        drawn = hashlib.sha256(str(path.relative_to(root)).encode()).digest()[0] % _PARTS
+        parts[{0: 2, 1: 1}.get(drawn, 0)].append(content)
+    train, validation, test = (
+        torch.frombuffer(bytearray(b"".join(part)), dtype=torch.uint8) for part in parts
     )
-    return Text(train, held, len(parts[False]), len(parts[True]))
+    return Text(train, validation, test, *(len(part) for part in parts))
+
+
+def spread(text_N: Tensor, most: int) -> Tensor:
+    """[B, LENGTH] int64: B <= most windows spread evenly over a text, none over another."""
+    whole = len(text_N) // LENGTH
+    count = min(most, whole)
+    index_B = torch.arange(count) * whole // max(count, 1)
+    return text_N[: whole * LENGTH].view(whole, LENGTH)[index_B].long()
 
 
 def windows(text_N: Tensor, count: int, seed: int) -> Tensor:
@@ -159,14 +169,14 @@ def _nested(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def loss_of(net: Any, text_N: Tensor, count: int, seed: int = 7) -> float:
-    """Mean nats per byte over `count` windows that the seed draws."""
+def loss_of(net: Any, ids_BT: Tensor) -> float:
+    """Mean nats per byte of windows, without the first of each."""
     net.eval()
     total = 0.0
-    for ids_BT in windows(text_N, count, seed).split(BATCH):
-        logits_BTC = net(input_ids=ids_BT, output_router_logits=False).logits[:, :-1]
+    for part_BT in ids_BT.split(BATCH):
+        logits_BTC = net(input_ids=part_BT, output_router_logits=False).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(
-            logits_BTC.flatten(0, 1).double(), ids_BT[:, 1:].flatten(), reduction="sum"
+            logits_BTC.double().flatten(0, 1), part_BT[:, 1:].flatten(), reduction="sum"
         )
         total += float(losses)
-    return total / (count * (LENGTH - 1))
+    return total / (ids_BT.numel() - len(ids_BT))

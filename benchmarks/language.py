@@ -2,125 +2,154 @@
 
     python -m benchmarks language [--steps N] [--folder DIR] [--threads N] [--quick]
 
-Trains a model of bytes (seeded; stopped at any moment, it goes on from its last checkpoint in
-DIR), and on files that training never saw measures
-    adaptive   perplexity and expert FLOPs with adaptive_k at several masses, beside fixed top-k
+Trains a model of bytes, seeded, and measures on files that training never saw
+    adaptive   perplexity and expert FLOPs with adaptive_k at several masses, beside fixed top-k,
+               on a validation text and on a test text; the mass is chosen on the first
     weights    perplexity with int8 and int4 experts (`gose quantize`)
     second     C++ headers as a second domain: all weights trained, or two new experts a layer in a
                model that is otherwise frozen, whose first domain stays to the bit while they sleep
+               and once they are removed
+Stopped at any moment it goes on: training from its last checkpoint in DIR, measuring from the rows
+in DIR/cells.json. Another model or text wants another DIR.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import math
+import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import gose_kernels as gk
 from benchmarks import _language, _record
-from gose import adaptive, language, shrink
+from gose import adaptive, checkpoint, language, shrink
 
-_MASSES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.72, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
-_HEADER_BYTES = 2_000_000
+_FINE = (0.78, 0.76, 0.74, 0.72, 0.7, 0.68, 0.66, 0.64, 0.62, 0.6)
+_MASSES = (0.95, 0.9, 0.85, 0.8, *_FINE, 0.55, 0.5, 0.4, 0.3)
+_MOST_RISE = 0.008  # of the perplexity of the validation text: another text rises a little more
+_HEADER_BYTES = 8_000_000
 _RATE = 4e-3
+_NEW = ("headers0", "headers1")
+
+Row = dict[str, Any]
+Keep = Callable[[str, Callable[[], Row]], Row]  # the row of a name: kept, or made and kept
+
+
+def keep_in(path: Path) -> Keep:
+    """Rows by name in a JSON file, written whenever one is new."""
+    rows: dict[str, Row] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+    def keep(name: str, make: Callable[[], Row]) -> Row:
+        if name not in rows:
+            rows[name] = make()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_file(path, (json.dumps(rows, indent=1) + "\n").encode())
+        _tell(f"{name}: {rows[name]}")
+        return rows[name]
+
+    return keep
 
 
 def _optimizer(parameters: Any) -> gk.optim.MaskedAdamW:
     return gk.optim.MaskedAdamW(parameters, lr=_RATE, weight_decay=0.05, max_grad_norm=1.0)
 
 
-def adaptive_rows(net: Any, text: _language.Text, windows: int) -> list[dict[str, Any]]:
-    """A row per mass and per fixed top-k: expert FLOPs and perplexity against the whole top-k."""
-    ids_BT = _language.windows(text.held_N, windows, seed=7)
-    full = adaptive.run(net, ids_BT, None)
-    rows: list[dict[str, Any]] = []
+def adaptive_rows(net: Any, validation_BT: Tensor, test_BT: Tensor, keep: Keep) -> list[Row]:
+    """A row per mass and per fixed top-k: expert FLOPs and perplexity of the test text against the
+    whole top-k, and `validation_rise`. `chosen` is the smallest mass of those whose perplexity of
+    the validation text rises by at most 0.8 %."""
     top_k = net.config.num_experts_per_tok
-
-    def row(way: str, point: adaptive.Point) -> None:
-        rows.append(
-            {
-                "way": way,
-                "fewer_flops": 1 / (1 - point.saving),
-                "perplexity": point.perplexity,
-                "rise": point.perplexity / full.perplexity - 1,
-            }
-        )
-
-    row(f"top {top_k}", full)
-    for mass in _MASSES:
-        row(f"mass {mass}", adaptive.run(net, ids_BT, mass))
     routers = [layer.mlp.gate for layer in net.model.layers]
-    for fixed in range(top_k - 1, 0, -1):
-        for router in routers:
-            router.top_k = fixed
-        point = adaptive.run(net, ids_BT, None)
-        row(f"top {fixed}", point._replace(saving=1 - fixed / top_k))
-    for router in routers:
-        router.top_k = top_k
-    return rows
+
+    def curve(ids_BT: Tensor, of: str) -> dict[str, Row]:
+        def row(way: str, mass: float | None = None, fixed: int = top_k) -> Row:
+            def make() -> Row:
+                for router in routers:
+                    router.top_k = fixed
+                try:
+                    point = adaptive.run(net, ids_BT, mass)
+                finally:
+                    for router in routers:
+                        router.top_k = top_k
+                left = (1 - point.saving) * fixed / top_k
+                return {"way": way, "fewer_flops": 1 / left, "perplexity": point.perplexity}
+
+            return keep(f"adaptive {of} {way}", make)
+
+        rows = [row(f"top {top_k}")]
+        rows += [row(f"mass {mass}", mass=mass) for mass in _MASSES]
+        rows += [row(f"top {fixed}", fixed=fixed) for fixed in range(top_k - 1, 0, -1)]
+        full = rows[0]["perplexity"]
+        return {row["way"]: {**row, "rise": row["perplexity"] / full - 1} for row in rows}
+
+    validation, test = curve(validation_BT, "validation"), curve(test_BT, "test")
+    fits = [w for w, r in validation.items() if "mass" in w and r["rise"] <= _MOST_RISE]
+    chosen = max(fits, key=lambda way: validation[way]["fewer_flops"], default=None)
+    return [
+        {**row, "validation_rise": validation[way]["rise"], "chosen": way == chosen}
+        for way, row in test.items()
+    ]
 
 
-def weights_rows(net: Any, text: _language.Text, windows: int) -> list[dict[str, Any]]:
+def weights_rows(net: Any, test_BT: Tensor, keep: Keep) -> list[Row]:
     """A row per format of the experts' weights: bytes and perplexity against float32."""
-    ids_BT = _language.windows(text.held_N, windows, seed=7)
-    full = language.perplexity(net, ids_BT)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "whole"
-        net.save_pretrained(whole)
-        for weights in shrink.FORMATS:
+    full = keep("weights float32", lambda: {"perplexity": language.perplexity(net, test_BT)})
+
+    def make(weights: str) -> Row:
+        with tempfile.TemporaryDirectory() as folder:
+            whole, out = Path(folder) / "whole", Path(folder) / weights
+            net.save_pretrained(whole)
             planned = [row for row in shrink.plan(whole, weights) if row.quantized]
-            shrink.quantize(whole, Path(folder) / weights, weights)
-            perplexity = language.perplexity(language.load(Path(folder) / weights), ids_BT)
-            before, after = (sum(column) for column in zip(*(r[-2:] for r in planned), strict=True))
-            rows.append(
-                {
-                    "weights": weights,
-                    "smaller": before / after,
-                    "perplexity": perplexity,
-                    "rise": perplexity / full - 1,
-                }
-            )
-    return rows
+            shrink.quantize(whole, out, weights)
+            perplexity = language.perplexity(language.load(out), test_BT)
+        before, after = (sum(column) for column in zip(*(r[-2:] for r in planned), strict=True))
+        rise = perplexity / full["perplexity"] - 1
+        smaller = before / after
+        return {"weights": weights, "smaller": smaller, "perplexity": perplexity, "rise": rise}
+
+    return [keep(f"weights {weights}", partial(make, weights)) for weights in shrink.FORMATS]
 
 
 def second_domain(
-    base: Any, first: _language.Text, *, steps: int, windows: int, folder: Path
-) -> list[dict[str, Any]]:
-    """Nats per byte of both domains before and after training on the second, by arm."""
-    second = _language.cpp_headers(_HEADER_BYTES)
+    base: Any, test_BT: Tensor, second: _language.Text, *, steps: int, folder: Path, keep: Keep
+) -> list[Row]:
+    """Nats per byte of both domains' test texts before and after training on the second, by arm.
 
-    def losses(net: Any) -> tuple[float, float]:
-        return tuple(  # type: ignore[return-value]
-            _language.loss_of(net, text.held_N, windows) for text in (first, second)
-        )
+    same_bits: of the first domain's loss, against the same number of slots before training.
+    """
+    texts = {"python": test_BT, "headers": _language.spread(second.test_N, len(test_BT))}
+    rows: list[Row] = []
 
-    rows: list[dict[str, Any]] = []
+    def row(arm: str, net: Any, like: Row | None = None) -> Row:
+        def make() -> Row:
+            found = {of: _language.loss_of(net, ids_BT) for of, ids_BT in texts.items()}
+            same = {} if like is None else {"same_bits": found["python"] == like["python"]}
+            return {"arm": arm, **found, **same}
 
-    def row(arm: str, found: tuple[float, float], **more: Any) -> None:
-        rows.append({"arm": arm, "python": found[0], "headers": found[1], **more})
-        _tell(f"{arm}: {found}")
+        return keep(f"second {arm}", make)
 
     gk.huggingface.replace_moe_layers(base, router={})
-    row("before", losses(base))
+    before = row("before", base)
+    rows.append(before)
 
     everything = copy.deepcopy(base)
     _train(everything, _optimizer(everything.parameters()), second, steps, folder / "everything")
-    row("all weights trained", losses(everything))
+    rows.append(row("all weights trained", everything))
 
     grown = copy.deepcopy(base)
     steps_of = _optimizer(grown.parameters())
     layers = [
         gk.LivingExperts(layer.mlp, capacity=18, optimizer=steps_of) for layer in grown.model.layers
     ]
-    slots = losses(grown)  # 18 columns: a matrix product of another shape may round otherwise
+    slots = row("18 slots", grown)  # a matrix product of another shape may round otherwise
     of_layers = {p for living in layers for p in living.parameters()}
     for p in set(grown.parameters()) - of_layers:
         steps_of.set_frozen(p, torch.ones((), dtype=torch.bool))
@@ -128,15 +157,19 @@ def second_domain(
     for living, like in zip(layers, busiest, strict=True):
         for name in living.names:
             living.freeze(name, router=True)
-        for name, source in zip(("headers0", "headers1"), like, strict=True):
+        for name, source in zip(_NEW, like, strict=True):
             living.add(name, like=living.names[source], router="copy")
     _train(grown, steps_of, second, steps, folder / "grown")
-    row("two new experts a layer, awake", losses(grown))
+    rows.append(row("two new experts a layer, awake", grown))
     for living in layers:
-        for name in ("headers0", "headers1"):
+        for name in _NEW:
             living.sleep(name)
-    asleep = losses(grown)
-    row("two new experts a layer, asleep", asleep, same_bits=asleep == slots)
+    rows.append(row("two new experts a layer, asleep", grown, slots))
+    for living in layers:
+        for name in _NEW:
+            living.remove(name)
+        living.settle()
+    rows.append(row("two new experts a layer, removed", grown, before))
     return rows
 
 
@@ -175,9 +208,9 @@ def main(argv: Sequence[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--second-steps", type=int, default=200)
-    parser.add_argument("--windows", type=int, default=128, help="held-out windows measured on")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--second-steps", type=int, default=400)
+    parser.add_argument("--windows", type=int, default=1600, help="test windows, at most")
     parser.add_argument("--folder", type=Path, default=Path("runs/language"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="4 steps, nothing is saved")
@@ -185,34 +218,41 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     if options.quick:
         options.steps, options.second_steps, options.windows = 4, 2, 4
+        with tempfile.TemporaryDirectory() as folder:
+            _measure(options, Path(folder))
+        return 0
+    found = _measure(options, options.folder)
+    command = " ".join(["python -m benchmarks language", *argv])
+    print(_record.save("language", command, options.threads, found))
+    return 0
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    keep = keep_in(folder / "cells.json")
     text = _language.python_library()
+    second = _language.cpp_headers(_HEADER_BYTES)
+    test_BT = _language.spread(text.test_N, options.windows)
+    validation_BT = _language.spread(text.validation_N, options.windows // 2)
     net = _language.model(seed=0)
     swapped = gk.huggingface.replace_moe_layers(net, router={})
-    seconds = _train(
-        net, _optimizer(net.parameters()), text, options.steps, options.folder / "base"
-    )
-    loss = _language.loss_of(net, text.held_N, options.windows)
+    seconds = _train(net, _optimizer(net.parameters()), text, options.steps, folder / "base")
+    net.eval()
     swapped.restore()
-    rows = adaptive_rows(net, text, options.windows)
-    weights = weights_rows(net, text, options.windows)
-    second = second_domain(
-        net, text, steps=options.second_steps, windows=options.windows, folder=options.folder
-    )
-    for found in (*rows, *weights, *second):
-        print(found)
-    if not options.quick:
-        values = {
-            "steps": options.steps,
-            "second_steps": options.second_steps,
-            "train_bytes": options.steps * _language.BATCH * _language.LENGTH,
-            "train_cpu_seconds": seconds,
-            "held_files": text.held_files,
-            "held_bytes": options.windows * _language.LENGTH,
-            "perplexity": math.exp(loss),
-            "adaptive": rows,
-            "weights": weights,
-            "second": second,
-        }
-        command = " ".join(["python -m benchmarks language", *argv])
-        print(_record.save("language", command, options.threads, values))
-    return 0
+    curve = adaptive_rows(net, validation_BT, test_BT, keep)
+    weights = weights_rows(net, test_BT, keep)
+    arms = second_domain(net, test_BT, second, steps=options.second_steps, folder=folder, keep=keep)
+    return {
+        "steps": options.steps,
+        "second_steps": options.second_steps,
+        "train_bytes": options.steps * _language.BATCH * _language.LENGTH,
+        "train_cpu_seconds": seconds,
+        "train_files": text.train_files,
+        "validation_files": text.validation_files,
+        "validation_bytes": validation_BT.numel(),
+        "test_files": text.test_files,
+        "test_bytes": test_BT.numel(),
+        "perplexity": curve[0]["perplexity"],
+        "adaptive": curve,
+        "weights": weights,
+        "second": arms,
+    }

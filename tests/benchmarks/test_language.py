@@ -10,6 +10,7 @@ import torch
 
 import gose_kernels as gk
 from benchmarks import _language, language
+from gose import adaptive
 
 
 def _trained(folder: Path) -> Any:
@@ -32,22 +33,46 @@ def test_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_files_are_held_out_whole_and_windows_are_theirs() -> None:
-    text = _language.cpp_headers(1_000_000)
-    assert 0 < text.held_files < text.files
-    assert len(text.train_N) + len(text.held_N) <= 1_000_000
-    ids_BT = _language.windows(text.train_N, 3, seed=5)
+    text = _language.cpp_headers(2_000_000)
+    assert min(text.validation_files, text.test_files) > 0
+    assert text.train_files > text.validation_files + text.test_files
+    assert sum(len(part_N) for part_N in text[:3]) <= 2_000_000
     content = bytes(text.train_N.tolist())
+    ids_BT = _language.windows(text.train_N, 3, seed=5)
     assert all(bytes(ids_T.tolist()) in content for ids_T in ids_BT)
     assert torch.equal(ids_BT, _language.windows(text.train_N, 3, seed=5))
+    most = _language.spread(text.test_N, 1 << 30)
+    assert torch.equal(most.flatten(), text.test_N[: most.numel()].long())
+    assert len(text.test_N) - most.numel() < _language.LENGTH
+    assert torch.equal(
+        _language.spread(text.test_N, 3), most[[i * len(most) // 3 for i in (0, 1, 2)]]
+    )
 
 
-def test_rows_of_adaptive_and_fixed_k() -> None:
+def test_rows_of_adaptive_and_fixed_k(tmp_path: Path) -> None:
     net = _language.model(seed=0, experts=4, top_k=2).eval()
-    train_N = torch.arange(5000).square().remainder(251).to(torch.uint8)
-    text = _language.Text(train_N, train_N, 1, 1)
-    rows = {row["way"]: row for row in language.adaptive_rows(net, text, 2)}
-    loss = _language.loss_of(net, text.held_N, 2)
-    assert math.isclose(rows["top 2"]["perplexity"], math.exp(loss), rel_tol=1e-4)
+    text_N = torch.arange(5000).square().remainder(251).to(torch.uint8)
+    validation_BT, test_BT = _language.spread(text_N[:600], 2), _language.spread(text_N[600:], 2)
+    keep = language.keep_in(tmp_path / "cells.json")
+    found = language.adaptive_rows(net, validation_BT, test_BT, keep)
+    rows = {row["way"]: row for row in found}
+    full = math.exp(_language.loss_of(net, test_BT))
+    assert math.isclose(rows["top 2"]["perplexity"], full, rel_tol=1e-4)
     assert rows["top 2"]["fewer_flops"] == 1 and rows["top 1"]["fewer_flops"] == 2
     assert rows["mass 0.3"]["fewer_flops"] > rows["mass 0.6"]["fewer_flops"] >= 1
     assert all(layer.mlp.gate.top_k == 2 for layer in net.model.layers)
+    (chosen,) = (row for row in found if row["chosen"])
+    fits = [r for r in found if "mass" in r["way"] and r["validation_rise"] <= 0.008]
+    assert chosen["fewer_flops"] == max(row["fewer_flops"] for row in fits)
+    point = adaptive.run(net, validation_BT, 0.3)
+    stock = adaptive.run(net, validation_BT, None)
+    want = point.perplexity / stock.perplexity - 1
+    assert math.isclose(rows["mass 0.3"]["validation_rise"], want, abs_tol=1e-9)
+
+
+def test_rows_that_are_kept_are_not_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "cells.json"
+    assert language.keep_in(path)("a", lambda: {"value": 1.5}) == {"value": 1.5}
+    keep = language.keep_in(path)
+    assert keep("a", lambda: {"value": 2.0}) == {"value": 1.5}
+    assert keep("b", lambda: {"value": 3.0}) == {"value": 3.0}
