@@ -106,10 +106,10 @@ class PackedExperts(nn.Module):
                 _give_back(tensor[e])
         return packed_EB
 
-    def _expert(self, e: int) -> tuple[Tensor, Tensor]:
-        """Unpacked weights of one expert, in the module's layout."""
+    def weights_of(self, row_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(up, down) of one expert's row of packed_EB, in the module's layout."""
         up_1HD, down_1DF = unpack_experts(
-            self.packed_EB[e : e + 1],
+            row_B[None],
             width=self.width,
             hidden=self.hidden,
             dtype=self.dtype,
@@ -123,10 +123,27 @@ class PackedExperts(nn.Module):
         return up_1HD[0], down_1DF[0]
 
     @torch.no_grad()
+    def row_of(self, up: Tensor, down: Tensor) -> Tensor:
+        """The row of packed_EB of one expert with these weights, as `weights_of` gives them.
+        ValueError for quantized weights that are not finite."""
+        row_B: Tensor = self._pack(up[None].to(self.dtype), down[None].to(self.dtype))[0]
+        return row_B
+
+    def set_rows(self, packed_EB: Tensor) -> None:
+        """These experts in the place of those that are there, as many as there are rows."""
+        E = len(packed_EB)
+        self.packed_EB = packed_EB
+        self.num_experts = self._module[0].num_experts = E
+        up, down = self.shapes
+        self.shapes = ((E, *up[1:]), (E, *down[1:]))
+
+    @torch.no_grad()
     def _unpacked(self, give_back: bool) -> tuple[Tensor, Tensor]:
         up, down = (self.packed_EB.new_empty(s, dtype=self.dtype) for s in self.shapes)
         for e in range(len(up)):
-            for into, tensor in zip((up[e], down[e]), self._expert(e), strict=True):
+            for into, tensor in zip(
+                (up[e], down[e]), self.weights_of(self.packed_EB[e]), strict=True
+            ):
                 into.copy_(tensor)
             if give_back:
                 _give_back(self.packed_EB[e])
@@ -134,7 +151,11 @@ class PackedExperts(nn.Module):
 
     def unpack(self) -> Any:
         """The module that was packed, the same bits (of quantized weights: what they became) in its
-        own parameters; this one is used up."""
+        own parameters; this one is used up. ValueError while a LivingExperts has it."""
+        if "frozen_E" in self._buffers:
+            raise ValueError(
+                "restore: packed experts are in a LivingExperts; call its settle() first"
+            )
         module = self._module.pop()
         up, down = self._unpacked(give_back=_alone(self.packed_EB))
         del self.packed_EB

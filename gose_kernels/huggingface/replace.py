@@ -63,7 +63,8 @@ class Replaced:
         """The model as it was: the same modules, parameters and implementation; weights that have
         changed since keep their new values. A second call changes nothing."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()  # after it: one that was refused is tried again
 
     def _add(self, name: str, module: nn.Module, swapped: bool, how: str) -> None:
         self.rows.append(Row(name, type(module).__name__, swapped, how))

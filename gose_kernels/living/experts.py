@@ -14,7 +14,6 @@ backward.
 from __future__ import annotations
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -24,14 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gose_kernels.living.following import carry, freeze_rows
 from gose_kernels.living.layer import LivingLayer
+from gose_kernels.living.names import Names
 from gose_kernels.optim import MaskedOptimizer
 
 Column: TypeAlias = Literal["copy", "mean", "zero"]
 State: TypeAlias = Literal["carried", "dropped", "cloned"]
-
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
-
 
 _Change = TypeVar("_Change", bound=Callable[..., Any])
 
@@ -72,37 +70,24 @@ class LivingExperts:
         self._at = LivingLayer(layer)
         self._optimizer = optimizer
         self._changes = threading.RLock()
-        self._slots: list[str | None] = []
-        self._removed: list[str] = []
-        self._frozen_columns: set[str] = set()
+        self._names = Names()
         try:
-            self._name(names)
+            self._names.fill(self._at.num_slots, names)
             if capacity is not None and capacity != self.capacity:
                 self.reserve(capacity)
         except ValueError:
             self._at.release()
             raise
 
-    def _name(self, names: Sequence[str] | None) -> None:
-        count = self._at.num_slots
-        given = [f"expert{e}" for e in range(count)] if names is None else list(names)
-        if len(given) != count:
-            raise ValueError(
-                f"LivingExperts: names must be {count} names, one per expert, got {given}"
-            )
-        for name in given:
-            self._check_new("LivingExperts", name)
-            self._slots.append(name)
-
     @property
     def names(self) -> tuple[str, ...]:
         """The experts, in the order of their slots."""
-        return tuple(name for name in self._slots if name is not None)
+        return self._names.present
 
     @property
     def removed(self) -> tuple[str, ...]:
         """Names of experts that are gone, in the order in which they went."""
-        return tuple(self._removed)
+        return tuple(self._names.removed)
 
     @property
     def awake(self) -> tuple[str, ...]:
@@ -117,7 +102,7 @@ class LivingExperts:
     @property
     def capacity(self) -> int:
         """Slots, free ones included."""
-        return len(self._slots)
+        return len(self._names.slots)
 
     def reading(self) -> AbstractContextManager[None]:
         """A context in which nothing changes: changes of other threads wait for its end."""
@@ -125,16 +110,16 @@ class LivingExperts:
 
     def slot(self, name: str) -> int:
         """Where an expert lives: its id in `expert_TK`. ValueError for a name that is not there."""
-        return self._slot("slot", name)
+        return self._names.slot("slot", name)
 
     def weights(self, name: str) -> dict[str, Tensor]:
-        """Copies of an expert's own weights and biases by parameter name."""
-        slot = self._slot("weights", name)
-        return {n: p.detach()[slot].clone() for n, p in self._at.of_experts().items()}
+        """Copies of an expert's own weights and biases by parameter name; of quantized experts what
+        they were rounded to."""
+        return self._at.weights_of(self._rows("weights", name))
 
     def column(self, name: str) -> dict[str, Tensor]:
         """Copies of what the router holds of an expert, by parameter or buffer name."""
-        slot = self._slot("column", name)
+        slot = self._names.slot("column", name)
         return {n: t.detach()[slot].clone() for n, t in self._at.of_router().items()}
 
     def parameters(self) -> tuple[nn.Parameter, ...]:
@@ -181,22 +166,24 @@ class LivingExperts:
         state    of the optimizer: "dropped" (none yet) or "cloned" (that of `like`)
         """
         who = "add"
-        self._check_new(f"LivingExperts.{who}", name)
+        self._names.check_new(f"LivingExperts.{who}", name)
         self._check_option(who, "state", state, ("dropped", "cloned"))
         rows = self._rows_of(who, like, weights)
         column = self._column_of(who, router, like)
-        source = None if state == "dropped" else self._slot(who, self._need(who, "like", like))
-        slot = self._free(who)
+        source = (
+            None if state == "dropped" else self._names.slot(who, self._need(who, "like", like))
+        )
+        slot = self._names.free(who)
         with self._changing(who, {slot: source}):
             self._write(slot, rows, column)
             self._at.live_E[slot] = router != "zero"
-            self._slots[slot] = name
+            self._names.slots[slot] = name
         return slot
 
     @_alone
     def remove(self, name: str) -> None:
         """The expert gone: its weights, column and optimizer state are zeros, its slot is free."""
-        slot = self._slot("remove", name)
+        slot = self._names.slot("remove", name)
         self._check_others_awake("remove", [name])
         with self._changing("remove", {slot: None}):
             self._clear(slot)
@@ -215,11 +202,11 @@ class LivingExperts:
         state: "carried" (its own stays), "dropped", or "cloned" from `like`.
         """
         self._check_option("replace", "state", state, ("carried", "dropped", "cloned"))
-        slot = self._slot("replace", name)
+        slot = self._names.slot("replace", name)
         rows = self._rows_of("replace", like, weights)
         source: int | None = slot if state == "carried" else None
         if state == "cloned":
-            source = self._slot("replace", self._need("replace", "like", like))
+            source = self._names.slot("replace", self._need("replace", "like", like))
         with self._changing("replace", {slot: source}, of_router=False):
             self._write(slot, rows, {})
 
@@ -241,13 +228,13 @@ class LivingExperts:
         """
         who = "split"
         self._check_option(who, "state", state, ("carried", "cloned", "dropped"))
-        slot = self._slot(who, name)
+        slot = self._names.slot(who, name)
         if len(set(into)) != 2:
             raise ValueError(f"LivingExperts.split: into must be two different names, got {into}")
         for child in into:
-            self._check_new(f"LivingExperts.{who}", child)
-        other = self._free(who)
-        rows, column = self.weights(name), self.column(name)
+            self._names.check_new(f"LivingExperts.{who}", child)
+        other = self._names.free(who)
+        rows, column = self._rows(who, name), self.column(name)
         apart: dict[str, Tensor] = {}
         for key, c in column.items():
             scale = noise * c.float().square().mean().sqrt()
@@ -256,16 +243,16 @@ class LivingExperts:
         source = {slot: None if state == "dropped" else slot}
         source[other] = slot if state == "cloned" else None
         awake, frozen = bool(self._at.live_E[slot]), bool(self._at.frozen_E[slot])
-        column_frozen = name in self._frozen_columns
+        column_frozen = name in self._names.frozen_columns
         with self._changing(who, source):
             self._write(slot, {}, {key: column[key] + apart[key] for key in column})
             self._write(other, rows, {key: column[key] - apart[key] for key in column})
-            self._forget(slot)
+            self._names.forget(slot)
             for child, at in zip(into, (slot, other), strict=True):
-                self._slots[at] = child
+                self._names.slots[at] = child
                 self._at.live_E[at], self._at.frozen_E[at] = awake, frozen
                 if column_frozen:
-                    self._frozen_columns.add(child)
+                    self._names.frozen_columns.add(child)
 
     @_alone
     def merge(
@@ -283,12 +270,12 @@ class LivingExperts:
         """
         who = "merge"
         self._check_option(who, "state", state, ("dropped", "carried"))
-        slots = [self._slot(who, name) for name in names]
+        slots = [self._names.slot(who, name) for name in names]
         if len(slots) < 2 or len(set(slots)) != len(slots):
             raise ValueError(
                 f"LivingExperts.merge: names must be two or more different experts, got {names}"
             )
-        self._check_new(f"LivingExperts.{who}", into)
+        self._names.check_new(f"LivingExperts.{who}", into)
         share = [1.0] * len(slots) if shares is None else [float(s) for s in shares]
         if len(share) != len(slots) or min(share) < 0 or not 0 < sum(share) < float("inf"):
             raise ValueError(
@@ -307,7 +294,7 @@ class LivingExperts:
                 for key in found[0]
             }
 
-        rows, column = mean(self.weights), mean(self.column)
+        rows, column = self._at.rows_of(mean(self.weights)), mean(self.column)
         first, *rest = slots
         awake = any(bool(self._at.live_E[s]) for s in slots)
         source: dict[int, int | None] = dict.fromkeys(slots)
@@ -316,16 +303,16 @@ class LivingExperts:
         with self._changing(who, source):
             for slot in rest:
                 self._clear(slot)
-            self._forget(first)
+            self._names.forget(first)
             self._write(first, rows, column)
-            self._slots[first] = into
+            self._names.slots[first] = into
             self._at.live_E[first] = awake
             self._at.frozen_E[first] = False
 
     @_alone
     def sleep(self, name: str) -> None:
         """An expert that routing does not choose until `wake`: probability 0; it keeps its bits."""
-        slot = self._slot("sleep", name)
+        slot = self._names.slot("sleep", name)
         self._check_others_awake("sleep", [name])
         with self._changing("sleep"):
             self._at.live_E[slot] = False
@@ -333,7 +320,7 @@ class LivingExperts:
     @_alone
     def wake(self, name: str, *, like: str | None = None, router: Column | None = None) -> None:
         """Routing may choose the expert, by the column it has or one made as in `add`."""
-        slot = self._slot("wake", name)
+        slot = self._names.slot("wake", name)
         if router == "zero":
             raise ValueError("LivingExperts.wake: router must be None, copy or mean, got 'zero'")
         column = {} if router is None else self._column_of("wake", router, like)
@@ -348,19 +335,19 @@ class LivingExperts:
         Gradients of the weights are 0 at once. Momentum and weight decay need a gk.optim.Masked*
         as `optimizer`; another one is refused.
         """
-        slot = self._slot("freeze", name)
+        slot = self._names.slot("freeze", name)
         self._check_masked("freeze")
         with self._changing("freeze"):
             self._at.frozen_E[slot] = True
-            (self._frozen_columns.add if router else self._frozen_columns.discard)(name)
+            (self._names.frozen_columns.add if router else self._names.frozen_columns.discard)(name)
 
     @_alone
     def unfreeze(self, name: str) -> None:
         """The expert and its column train again."""
-        slot = self._slot("unfreeze", name)
+        slot = self._names.slot("unfreeze", name)
         with self._changing("unfreeze"):
             self._at.frozen_E[slot] = False
-            self._frozen_columns.discard(name)
+            self._names.frozen_columns.discard(name)
 
     @_alone
     def settle(self) -> None:
@@ -373,21 +360,15 @@ class LivingExperts:
             raise ValueError(
                 f"LivingExperts.settle: {', '.join(asleep)} sleep; wake or remove them first"
             )
-        self._relay([slot for slot, name in enumerate(self._slots) if name is not None])
-        self._slots = []
+        self._relay([slot for slot, name in enumerate(self._names.slots) if name is not None])
+        self._names.slots = []
         self._at.release()
 
     # -- saving ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What the layer's state_dict does not say, as JSON values."""
-        return {
-            "version": 1,
-            "slots": list(self._slots),
-            "removed": list(self._removed),
-            "frozen": list(self.frozen),
-            "frozen_columns": sorted(self._frozen_columns),
-        }
+        return self._names.state_dict(self.frozen)
 
     @_alone
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -395,49 +376,12 @@ class LivingExperts:
 
         ValueError, which changes nothing, where the two do not fit.
         """
-        where = "LivingExperts.load_state_dict"
-        wanted = {"version", "slots", "removed", "frozen", "frozen_columns"}
-        if set(state) != wanted or state["version"] != 1:
-            raise ValueError(f"{where}: state must have version 1 and {sorted(wanted)}")
-        slots, removed = list(state["slots"]), list(state["removed"])
-        if len(slots) != self.capacity:
-            raise ValueError(
-                f"{where}: state has {len(slots)} slots, the layer {self.capacity}; "
-                f"LivingExperts(layer, capacity={len(slots)})"
-            )
-        present = [name for name in slots if name is not None]
-        everyone = [*present, *removed]
-        if len(set(everyone)) != len(everyone) or not all(_is_name(n) for n in everyone):
-            raise ValueError(f"{where}: names of slots and removed must be valid and differ")
-        for slot, name in enumerate(slots):
-            frozen = name in state["frozen"]
-            if name is None and bool(self._at.live_E[slot]):
-                raise ValueError(f"{where}: slot {slot} has no name, but the layer's is awake")
-            if bool(self._at.frozen_E[slot]) != frozen:
-                raise ValueError(f"{where}: slot {slot} ({name}) is frozen in one of the two alone")
-        unknown = set(state["frozen_columns"]) - set(state["frozen"])
-        if unknown or set(state["frozen"]) - set(present):
-            raise ValueError(f"{where}: frozen and frozen_columns must name experts of slots")
+        awake, frozen = self._at.live_E.tolist(), self._at.frozen_E.tolist()
+        names = Names.of("LivingExperts.load_state_dict", state, awake, frozen)
         with self._changing("load_state_dict"):
-            self._slots, self._removed = slots, removed
-            self._frozen_columns = set(state["frozen_columns"])
+            self._names = names
 
     # -- checks ----------------------------------------------------------------------------------
-
-    def _slot(self, who: str, name: str) -> int:
-        if name in self._slots:
-            return self._slots.index(name)
-        what = "was removed" if name in self._removed else "does not exist"
-        raise ValueError(
-            f"LivingExperts.{who}: expert {name!r} {what}; experts: {', '.join(self.names)}"
-        )
-
-    def _check_new(self, where: str, name: str) -> None:
-        if not _is_name(name):
-            raise ValueError(f"{where}: a name is 1 to 128 of A-Z a-z 0-9 . _ -, got {name!r}")
-        if name in self._slots or name in self._removed:
-            what = "exists" if name in self._slots else "was removed; names are not used again"
-            raise ValueError(f"{where}: expert {name!r} {what}")
 
     def _check_option(self, who: str, option: str, got: str, wanted: tuple[str, ...]) -> None:
         if got not in wanted:
@@ -461,33 +405,29 @@ class LivingExperts:
                 f"{type(self._optimizer).__name__}, whose momentum and decay move frozen weights"
             )
 
-    def _free(self, who: str) -> int:
-        if None not in self._slots:
-            raise ValueError(
-                f"LivingExperts.{who}: all {self.capacity} slots are taken; "
-                "reserve(capacity) makes more"
-            )
-        return self._slots.index(None)
+    def _rows(self, who: str, name: str) -> dict[str, Tensor]:
+        slot = self._names.slot(who, name)
+        return {n: t.detach()[slot].clone() for n, t in self._at.of_experts().items()}
 
     def _rows_of(
         self, who: str, like: str | None, weights: Mapping[str, Tensor] | None
     ) -> dict[str, Tensor]:
         if weights is None:
-            return self.weights(self._need(who, "like, or weights,", like))
+            return self._rows(who, self._need(who, "like, or weights,", like))
         if like is not None:
-            self._slot(who, like)
-        stacked = self._at.of_experts()
-        if set(weights) != set(stacked):
+            self._names.slot(who, like)
+        shapes = self._at.shapes()
+        if set(weights) != set(shapes):
             raise ValueError(
-                f"LivingExperts.{who}: weights must be {sorted(stacked)}, got {sorted(weights)}"
+                f"LivingExperts.{who}: weights must be {sorted(shapes)}, got {sorted(weights)}"
             )
-        for name, p in stacked.items():
-            if weights[name].shape != p.shape[1:]:
+        for name, shape in shapes.items():
+            if weights[name].shape != shape:
                 raise ValueError(
-                    f"LivingExperts.{who}: weights[{name!r}] must have shape {tuple(p.shape[1:])}, "
+                    f"LivingExperts.{who}: weights[{name!r}] must have shape {shape}, "
                     f"got {tuple(weights[name].shape)}"
                 )
-        return dict(weights)
+        return self._at.rows_of(weights)
 
     def _column_of(self, who: str, router: str, like: str | None) -> dict[str, Tensor]:
         self._check_option(who, "router", router, ("copy", "mean", "zero"))
@@ -526,7 +466,7 @@ class LivingExperts:
             held += self._at.of_router().values() if of_router else ()
             for p in held if source else ():
                 if isinstance(p, nn.Parameter):
-                    self._carry(p, p.detach(), rows)
+                    carry(self._optimizer, p, p.detach(), rows)
                     if p.grad is not None:
                         p.grad[list(source)] = 0
             self._mask()
@@ -541,58 +481,26 @@ class LivingExperts:
             tensor[slot].zero_()
         self._at.live_E[slot] = False
         self._at.frozen_E[slot] = False
-        self._forget(slot)
-        self._slots[slot] = None
-
-    def _forget(self, slot: int) -> None:
-        name = self._slots[slot]
-        assert name is not None
-        self._removed.append(name)
-        self._frozen_columns.discard(name)
+        self._names.forget(slot)
 
     def _relay(self, source: list[int]) -> None:
         """Slot i of the layer and of the optimizer's state is what slot source[i] was."""
         with self._at.turns.writing("LivingExperts"), torch.no_grad():
             for p, values in self._at.resize(source).items():
-                self._carry(p, values, source)
+                carry(self._optimizer, p, values, source)
                 if p.data_ptr() != values.data_ptr():
                     p.data, p.grad = values, None
-            self._slots = [self._slots[of] if of >= 0 else None for of in source]
+            self._names.slots = [self._names.slots[of] if of >= 0 else None for of in source]
             self._mask()
-
-    def _carry(self, p: Tensor, values: Tensor, source: list[int]) -> None:
-        """Optimizer state of a parameter, its rows from those of `source`."""
-        optimizer = self._optimizer
-        if isinstance(optimizer, MaskedOptimizer):
-            if optimizer.has(p):
-                optimizer.rearrange(p, values, source)
-        elif optimizer is not None:
-            for name, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    moved = value.new_zeros(len(source), *value.shape[1:])
-                    for into, of in enumerate(source):
-                        if of >= 0:
-                            moved[into] = value[of]
-                    optimizer.state[p][name] = moved
 
     def _mask(self) -> None:
         """The optimizer's masks: frozen experts, and slots that routing does not choose."""
         if not isinstance(self._optimizer, MaskedOptimizer):
             return
         still_E, frozen_E = ~self._at.live_E, self._at.frozen_E
-        columns_E = torch.tensor([n in self._frozen_columns for n in self._slots])
-        pairs: list[tuple[Tensor, Tensor]] = []
-        pairs += [(p, frozen_E | still_E) for p in self._at.of_experts().values()]
-        pairs += [
-            (p, columns_E.to(still_E.device) | still_E) for p in self._at.of_router().values()
-        ]
-        for p, mask_E in pairs:
-            if self._optimizer.has(p):
-                mask = mask_E.view(-1, *[1] * (p.dim() - 1))
-                before = self._optimizer.frozen.get(p)
-                if before is None or before.shape != mask.shape or not torch.equal(before, mask):
-                    self._optimizer.set_frozen(p, mask)
-
-
-def _is_name(name: object) -> bool:
-    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+        columns_E = torch.tensor([n in self._names.frozen_columns for n in self._names.slots])
+        columns_E = columns_E.to(still_E.device)
+        for p in self._at.of_experts().values():
+            freeze_rows(self._optimizer, p, frozen_E | still_E)
+        for p in self._at.of_router().values():
+            freeze_rows(self._optimizer, p, columns_E | still_E)

@@ -1,13 +1,18 @@
 """What of a layer belongs to one expert: its rows of the stacked weights and of the router.
 
 E slots, C of them after `resize`; an expert lives in one slot and stays there
+rows      what is stored of one expert, by name: its rows of the stacked parameters. Of experts that
+          are kept packed only (`PackedExperts`), its row of packed_EB and of the biases
+weights   the same as plain weights by parameter name
 live_E    bool buffer of the router: True = routing may choose it, else its score is -inf
 frozen_E  bool buffer of the experts: True = its weights get a gradient of 0
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +22,11 @@ from gose_kernels import packing
 from gose_kernels.huggingface.experts import FLAGS
 from gose_kernels.huggingface.layouts import OwnLayer
 from gose_kernels.huggingface.packed import PackedExperts
+from gose_kernels.living.following import rows_from
 from gose_kernels.living.turns import Turns
 from gose_kernels.moe import MoE
 
+_PACKED = "packed_EB"
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -60,13 +67,37 @@ class LivingLayer:
         assert found is not None
         return found
 
-    def of_experts(self) -> dict[str, nn.Parameter]:
-        """The stacked parameters of the experts."""
-        return {
-            name: p
-            for name, p in self.experts.named_parameters(recurse=False)
-            if p.dim() and len(p) == self.num_slots
-        }
+    def of_experts(self) -> dict[str, Tensor]:
+        """The tensors with a row per expert: parameters, or packed_EB and biases."""
+        held: list[tuple[str, Tensor]] = list(self.experts.named_parameters(recurse=False))
+        if isinstance(self.experts, PackedExperts):
+            held.append((_PACKED, self.experts.packed_EB))
+        return {name: t for name, t in held if t.dim() and len(t) == self.num_slots}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of one expert's weights."""
+        found = {name: tuple(t.shape[1:]) for name, t in self.of_experts().items()}
+        if isinstance(self.experts, PackedExperts):
+            del found[_PACKED]
+            names = (self.experts.up_name, "down_proj")
+            found |= {n: s[1:] for n, s in zip(names, self.experts.shapes, strict=True)}
+        return found
+
+    def weights_of(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that rows hold."""
+        if not isinstance(self.experts, PackedExperts):
+            return rows
+        weights = {name: row for name, row in rows.items() if name != _PACKED}
+        up, down = self.experts.weights_of(rows[_PACKED])
+        return {self.experts.up_name: up, "down_proj": down, **weights}
+
+    def rows_of(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The rows that hold weights; ValueError for what cannot be quantized."""
+        rows = dict(weights)
+        if isinstance(self.experts, PackedExperts):
+            up, down = rows.pop(self.experts.up_name), rows.pop("down_proj")
+            rows[_PACKED] = self.experts.row_of(up, down)
+        return rows
 
     def of_router(self) -> dict[str, Tensor]:
         """The router's tensors with a row per expert, parameters and buffers."""
@@ -76,7 +107,9 @@ class LivingLayer:
         return {name: t for name, t in held if t.dim() and len(t) == self.num_slots}
 
     def changing(self, *slots: int) -> Any:
-        """`packing.changing_experts` of these slots."""
+        """`packing.changing_experts` of these slots; of packed experts there is no other copy."""
+        if isinstance(self.experts, PackedExperts):
+            return contextlib.nullcontext()
         found = self.of_experts()
         up = found["gate_up_proj" if "gate_up_proj" in found else "up_proj"]
         return packing.changing_experts(up, found["down_proj"], slots)
@@ -87,13 +120,15 @@ class LivingLayer:
         changed: dict[Tensor, Tensor] = {}
         for module, tensors in ((self.experts, self.of_experts()), (self.router, self.of_router())):
             for name, tensor in tensors.items():
-                values = _rows(tensor.detach(), source)
+                values = rows_from(tensor.detach(), source)
                 if isinstance(tensor, nn.Parameter):
                     changed[tensor] = values
+                elif isinstance(module, PackedExperts):
+                    module.set_rows(values)
                 else:
                     module._buffers[name] = values
-        self.router._buffers["live_E"] = _rows(self.live_E, source)
-        self.experts._buffers["frozen_E"] = _rows(self.frozen_E, source)
+        self.router._buffers["live_E"] = rows_from(self.live_E, source)
+        self.experts._buffers["frozen_E"] = rows_from(self.frozen_E, source)
         for module in (self.layer, self.router, self.experts):
             for name in _COUNTS:
                 if vars(module).get(name) == self.num_slots:
@@ -108,26 +143,17 @@ class LivingLayer:
         self.layer.__class__ = type(self.layer).__mro__[1]
 
 
-def _rows(tensor: Tensor, source: list[int]) -> Tensor:
-    values = tensor.new_zeros(len(source), *tensor.shape[1:])
-    for into, of in enumerate(source):
-        if of >= 0:
-            values[into] = tensor[of]
-    return values
-
-
 def _parts_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     """(router, experts) of a layer."""
     if isinstance(layer, MoE):
         return layer.gate, layer.experts
     kind = type(layer).__name__
     children = list(layer.children())
-    experts = [m for m in children if all(hasattr(m, f) for f in (*FLAGS, "down_proj"))]
-    if any(isinstance(m, PackedExperts) for m in children):
-        raise ValueError(
-            f"LivingExperts: the experts of this {kind} are kept packed only; use "
-            "replace_moe_layers(model, router={}) with keep='both'"
-        )
+    experts: list[Any] = [
+        m
+        for m in children
+        if isinstance(m, PackedExperts) or all(hasattr(m, f) for f in (*FLAGS, "down_proj"))
+    ]
     routers = [m for m in children if "_gose_routing" in vars(m)]
     if len(experts) != 1 or len(routers) != 1:
         raise ValueError(

@@ -129,10 +129,6 @@ def test_layers_without_what_is_needed_are_refused() -> None:
     block = _blocks(model)[0]
     with pytest.raises(ValueError, match=r"after replace_moe_layers\(model, router={}\), got Mix"):
         gk.LivingExperts(block)
-    done = gk.huggingface.replace_moe_layers(model, router={}, keep="packed")
-    with pytest.raises(ValueError, match="kept packed only"):
-        gk.LivingExperts(block)
-    done.restore()
     options = {"policy": "group_limited", "num_groups": 2, "top_groups": 1}
     living = gk.LivingExperts(gk.MoE(8, 4, 4, 1, **options))
     with pytest.raises(ValueError, match="groups of neighbouring experts"):

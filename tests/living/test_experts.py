@@ -292,7 +292,7 @@ def test_what_is_not_there_is_refused_by_name() -> None:
         (f"replace: {gone}", lambda: living.replace("expert1", like="expert0")),
         (f"split: {gone}", lambda: living.split("expert1", ("a", "b"))),
         (f"merge: {gone}", lambda: living.merge(["expert0", "expert1"], "a")),
-        (f"weights: {gone}", lambda: living.add("a", like="expert1")),
+        (f"add: {gone}", lambda: living.add("a", like="expert1")),
         ("slot: expert 'nobody' does not exist", lambda: living.slot("nobody")),
         ("names are not used again", lambda: living.add("expert1", like="expert0")),
         ("'expert0' exists", lambda: living.add("expert0", like="expert2")),
