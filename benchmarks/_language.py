@@ -115,12 +115,16 @@ def train(
     rate: float,
     folder: Path,
     tell: Callable[[str], None],
+    horizon: int | None = None,
     balance: bool = True,
     every: int = 100,
 ) -> float:
-    """CPU seconds of steps on windows that (seed, step) alone decide, cosine decay after 5 % of
-    warm-up; goes on from the newest checkpoint in `folder` and leaves one every `every` steps.
+    """CPU seconds of steps on windows that (seed, step) alone decide; goes on from the newest
+    checkpoint in `folder` and leaves one every `every` steps.
 
+    horizon   steps of the cosine that the rate follows after 5 % of warm-up; None: `steps`. Of a
+              longer one the first `steps` are run, the last 30 % of them with a rate that also
+              falls to zero in a line
     balance   with the model's own load-balancing loss, which knows the experts of its config alone
     """
     found = checkpoint.latest(folder).checkpoint if folder.is_dir() else None
@@ -134,10 +138,8 @@ def train(
     net.train()
     start = time.process_time() - before
     for step in range(done, steps):
-        warm = min(1.0, (step + 1) / (0.05 * steps))
-        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = rate * warm * max(decay, 0.05)
+            group["lr"] = rate * _share_of_rate(step, steps, horizon or steps)
         ids_BT = windows(text_N, BATCH, seed * 1_000_003 + step)
         loss = net(input_ids=ids_BT, labels=ids_BT, output_router_logits=balance).loss
         optimizer.zero_grad(set_to_none=True)
@@ -154,6 +156,13 @@ def train(
             trained = checkpoint.State(tensors, {})
             checkpoint.save(folder, trained, step=step + 1, extra={"cpu_seconds": before})
     return before
+
+
+def _share_of_rate(step: int, steps: int, horizon: int) -> float:
+    warm = min(1.0, (step + 1) / (0.05 * horizon))
+    cosine = max(0.5 * (1 + math.cos(math.pi * step / horizon)), 0.05)
+    end = min(1.0, (steps - step) / (0.3 * steps)) if steps < horizon else 1.0
+    return warm * cosine * end
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

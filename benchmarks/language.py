@@ -10,7 +10,8 @@ Trains a model of bytes, seeded, and measures on files that training never saw
                model that is otherwise frozen, whose first domain stays to the bit while they sleep
                and once they are removed
 Stopped at any moment it goes on: training from its last checkpoint in DIR, measuring from the rows
-in DIR/cells.json. Another model or text wants another DIR.
+in DIR/rows. Another model or text wants another DIR. Runs with different --part may go side by
+side once the model is trained; one without it then writes the result.
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ Row = dict[str, Any]
 Keep = Callable[[str, Callable[[], Row]], Row]  # the row of a name: kept, or made and kept
 
 
-def keep_in(path: Path) -> Keep:
-    """Rows by name in a JSON file, written whenever one is new."""
-    rows: dict[str, Row] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+def keep_in(folder: Path) -> Keep:
+    """Rows by name, each in a JSON file of its own: several runs may share a folder."""
 
     def keep(name: str, make: Callable[[], Row]) -> Row:
-        if name not in rows:
-            rows[name] = make()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_file(path, (json.dumps(rows, indent=1) + "\n").encode())
-        _tell(f"{name}: {rows[name]}")
-        return rows[name]
+        path = folder / f"{name}.json"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_file(path, (json.dumps(make(), indent=1) + "\n").encode())
+        row: Row = json.loads(path.read_text("utf-8"))
+        _tell(f"{name}: {row}")
+        return row
 
     return keep
 
@@ -63,8 +64,8 @@ def _optimizer(parameters: Any) -> gk.optim.MaskedAdamW:
 
 def adaptive_rows(net: Any, validation_BT: Tensor, test_BT: Tensor, keep: Keep) -> list[Row]:
     """A row per mass and per fixed top-k: expert FLOPs and perplexity of the test text against the
-    whole top-k; of the masses also `validation_rise`. `chosen` is the smallest mass of those whose perplexity of
-    the validation text rises by at most 0.8 %."""
+    whole top-k; of the masses also `validation_rise`. `chosen` is the smallest mass of those whose
+    perplexity of the validation text rises by at most 0.8 %."""
     top_k = net.config.num_experts_per_tok
     routers = [layer.mlp.gate for layer in net.model.layers]
 
@@ -183,7 +184,12 @@ def _busiest(net: Any, text: _language.Text) -> list[list[int]]:
 
 
 def _train(
-    net: Any, optimizer: gk.optim.MaskedAdamW, text: _language.Text, steps: int, folder: Path
+    net: Any,
+    optimizer: gk.optim.MaskedAdamW,
+    text: _language.Text,
+    steps: int,
+    folder: Path,
+    horizon: int | None = None,
 ) -> float:
     return _language.train(
         net,
@@ -194,6 +200,7 @@ def _train(
         rate=_RATE if folder.name == "base" else _RATE / 4,
         folder=folder,
         tell=_tell,
+        horizon=horizon,
         balance=folder.name == "base",
     )
 
@@ -210,10 +217,12 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--horizon", type=int, help="of the learning rate; --steps of it are run")
     parser.add_argument("--second-steps", type=int, default=200)
     parser.add_argument("--windows", type=int, default=1200, help="test windows, at most")
     parser.add_argument("--folder", type=Path, default=Path("runs/language"))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--part", choices=("adaptive", "weights", "second"), help="only this one")
     parser.add_argument("--quick", action="store_true", help="4 steps, nothing is saved")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -223,27 +232,35 @@ def main(argv: Sequence[str]) -> int:
             _measure(options, Path(folder))
         return 0
     found = _measure(options, options.folder)
+    if options.part is not None:
+        return 0
     command = " ".join(["python -m benchmarks language", *argv])
     print(_record.save("language", command, options.threads, found))
     return 0
 
 
 def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    keep = keep_in(folder / "cells.json")
+    keep = keep_in(folder / "rows")
     text = _language.python_library()
     second = _language.cpp_headers(_HEADER_BYTES)
     test_BT = _language.spread(text.test_N, options.windows)
     validation_BT = _language.spread(text.validation_N, options.windows // 2)
     net = _language.model(seed=0)
     swapped = gk.huggingface.replace_moe_layers(net, router={})
-    seconds = _train(net, _optimizer(net.parameters()), text, options.steps, folder / "base")
+    steps_of, base = _optimizer(net.parameters()), folder / "base"
+    seconds = _train(net, steps_of, text, options.steps, base, options.horizon)
     net.eval()
     swapped.restore()
-    curve = adaptive_rows(net, validation_BT, test_BT, keep)
-    weights = weights_rows(net, test_BT, keep)
-    arms = second_domain(net, test_BT, second, steps=options.second_steps, folder=folder, keep=keep)
+    at: dict[str, Any] = {"steps": options.second_steps, "folder": folder, "keep": keep}
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "adaptive": lambda: adaptive_rows(net, validation_BT, test_BT, keep),
+        "weights": lambda: weights_rows(net, test_BT, keep),
+        "second": lambda: second_domain(net, test_BT, second, **at),  # last: it changes the model
+    }
+    rows = {part: make() for part, make in parts.items() if options.part in (None, part)}
     return {
         "steps": options.steps,
+        "horizon": options.horizon,
         "second_steps": options.second_steps,
         "train_bytes": options.steps * _language.BATCH * _language.LENGTH,
         "train_cpu_seconds": seconds,
@@ -252,8 +269,5 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "validation_bytes": validation_BT.numel(),
         "test_files": text.test_files,
         "test_bytes": test_BT.numel(),
-        "perplexity": curve[0]["perplexity"],
-        "adaptive": curve,
-        "weights": weights,
-        "second": arms,
+        **rows,
     }

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import gose_kernels as gk
@@ -32,6 +33,16 @@ def test_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
+def test_the_rate_warms_up_and_decays_and_a_shorter_run_starts_like_a_longer_one() -> None:
+    rate = _language._share_of_rate
+    assert [rate(step, 100, 100) for step in (0, 4, 50, 99)] == pytest.approx(
+        [0.2, 1, 0.5, 0.05], abs=0.01
+    )
+    assert all(rate(step, 60, 100) == rate(step, 100, 100) for step in range(42))
+    assert rate(51, 60, 100) == pytest.approx(rate(51, 100, 100) / 2)
+    assert 0 < rate(59, 60, 100) < 0.03
+
+
 def test_files_are_held_out_whole_and_windows_are_theirs() -> None:
     text = _language.cpp_headers(2_000_000)
     assert min(text.validation_files, text.test_files) > 0
@@ -53,7 +64,7 @@ def test_rows_of_adaptive_and_fixed_k(tmp_path: Path) -> None:
     net = _language.model(seed=0, experts=4, top_k=2).eval()
     text_N = torch.arange(5000).square().remainder(251).to(torch.uint8)
     validation_BT, test_BT = _language.spread(text_N[:600], 2), _language.spread(text_N[600:], 2)
-    keep = language.keep_in(tmp_path / "cells.json")
+    keep = language.keep_in(tmp_path)
     found = language.adaptive_rows(net, validation_BT, test_BT, keep)
     rows = {row["way"]: row for row in found}
     full = math.exp(_language.loss_of(net, test_BT))
@@ -71,7 +82,7 @@ def test_rows_of_adaptive_and_fixed_k(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_kept_are_not_made_again(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "cells.json"
+    path = tmp_path / "deep" / "rows"
     assert language.keep_in(path)("a", lambda: {"value": 1.5}) == {"value": 1.5}
     keep = language.keep_in(path)
     assert keep("a", lambda: {"value": 2.0}) == {"value": 1.5}
