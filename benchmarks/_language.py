@@ -123,7 +123,7 @@ def train(
     checkpoint in `folder` and leaves one every `every` steps.
 
     horizon   steps of the cosine that the rate follows after 5 % of warm-up; None: `steps`. Of a
-              longer one the first `steps` are run, the last 30 % of them with a rate that also
+              longer one the first `steps` are run, the last eighth of them with a rate that also
               falls to zero in a line
     balance   with the model's own load-balancing loss, which knows the experts of its config alone
     """
@@ -161,7 +161,7 @@ def train(
 def _share_of_rate(step: int, steps: int, horizon: int) -> float:
     warm = min(1.0, (step + 1) / (0.05 * horizon))
     cosine = max(0.5 * (1 + math.cos(math.pi * step / horizon)), 0.05)
-    end = min(1.0, (steps - step) / (0.3 * steps)) if steps < horizon else 1.0
+    end = min(1.0, (steps - step) * 8 / steps) if steps < horizon else 1.0
     return warm * cosine * end
 
 

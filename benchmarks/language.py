@@ -34,6 +34,7 @@ from benchmarks import _language, _record
 from gose import adaptive, checkpoint, language, shrink
 
 _MASSES = (0.95, 0.9, 0.85, 0.8, 0.77, 0.74, 0.71, 0.68, 0.65, 0.6, 0.5, 0.4, 0.3)
+_PARTS = ("validation", "adaptive", "weights", "second")
 _MOST_RISE = 0.008  # of the perplexity of the validation text: another text rises a little more
 _HEADER_BYTES = 8_000_000
 _RATE = 4e-3
@@ -62,36 +63,41 @@ def _optimizer(parameters: Any) -> gk.optim.MaskedAdamW:
     return gk.optim.MaskedAdamW(parameters, lr=_RATE, weight_decay=0.05, max_grad_norm=1.0)
 
 
-def adaptive_rows(net: Any, validation_BT: Tensor, test_BT: Tensor, keep: Keep) -> list[Row]:
-    """A row per mass and per fixed top-k: expert FLOPs and perplexity of the test text against the
-    whole top-k; of the masses also `validation_rise`. `chosen` is the smallest mass of those whose
-    perplexity of the validation text rises by at most 0.8 %."""
+def curve(net: Any, ids_BT: Tensor, of: str, keep: Keep) -> dict[str, Row]:
+    """A row per mass and, of the test text, per fixed top-k: expert FLOPs, and perplexity against
+    the whole top-k."""
     top_k = net.config.num_experts_per_tok
     routers = [layer.mlp.gate for layer in net.model.layers]
 
-    def curve(ids_BT: Tensor, of: str, lower: Sequence[int]) -> dict[str, Row]:
-        def row(way: str, mass: float | None = None, fixed: int = top_k) -> Row:
-            def make() -> Row:
+    def row(way: str, mass: float | None = None, fixed: int = top_k) -> Row:
+        def make() -> Row:
+            for router in routers:
+                router.top_k = fixed
+            try:
+                point = adaptive.run(net, ids_BT, mass)
+            finally:
                 for router in routers:
-                    router.top_k = fixed
-                try:
-                    point = adaptive.run(net, ids_BT, mass)
-                finally:
-                    for router in routers:
-                        router.top_k = top_k
-                left = (1 - point.saving) * fixed / top_k
-                return {"way": way, "fewer_flops": 1 / left, "perplexity": point.perplexity}
+                    router.top_k = top_k
+            left = (1 - point.saving) * fixed / top_k
+            return {"way": way, "fewer_flops": 1 / left, "perplexity": point.perplexity}
 
-            return keep(f"adaptive {of} {way}", make)
+        return keep(f"adaptive {of} {way}", make)
 
-        rows = [row(f"top {top_k}")]
-        rows += [row(f"mass {mass}", mass=mass) for mass in _MASSES]
-        rows += [row(f"top {fixed}", fixed=fixed) for fixed in lower]
-        full = rows[0]["perplexity"]
-        return {row["way"]: {**row, "rise": row["perplexity"] / full - 1} for row in rows}
+    rows = [row(f"top {top_k}")]
+    rows += [row(f"mass {mass}", mass=mass) for mass in _MASSES]
+    if of == "test":
+        rows += [row(f"top {fixed}", fixed=fixed) for fixed in range(top_k - 1, 0, -1)]
+    full = rows[0]["perplexity"]
+    return {row["way"]: {**row, "rise": row["perplexity"] / full - 1} for row in rows}
 
-    validation = curve(validation_BT, "validation", ())
-    test = curve(test_BT, "test", range(top_k - 1, 0, -1))
+
+def adaptive_rows(net: Any, validation_BT: Tensor, test_BT: Tensor, keep: Keep) -> list[Row]:
+    """The curve of the test text; of the masses also `validation_rise`. `chosen` is the smallest
+    mass of those whose perplexity of the validation text rises by at most 0.8 %."""
+    test, validation = (
+        curve(net, ids_BT, of, keep)
+        for of, ids_BT in (("test", test_BT), ("validation", validation_BT))
+    )
     fits = [w for w, r in validation.items() if "mass" in w and r["rise"] <= _MOST_RISE]
     chosen = max(fits, key=lambda way: validation[way]["fewer_flops"], default=None)
     return [
@@ -222,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--windows", type=int, default=1200, help="test windows, at most")
     parser.add_argument("--folder", type=Path, default=Path("runs/language"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--part", choices=("adaptive", "weights", "second"), help="only this one")
+    parser.add_argument("--part", choices=_PARTS, help="only this one")
     parser.add_argument("--quick", action="store_true", help="4 steps, nothing is saved")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -252,6 +258,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     net.eval()
     swapped.restore()
     at: dict[str, Any] = {"steps": options.second_steps, "folder": folder, "keep": keep}
+    if options.part == "validation":
+        curve(net, validation_BT, options.part, keep)
     parts: dict[str, Callable[[], list[Row]]] = {
         "adaptive": lambda: adaptive_rows(net, validation_BT, test_BT, keep),
         "weights": lambda: weights_rows(net, test_BT, keep),

@@ -38,9 +38,9 @@ def test_the_rate_warms_up_and_decays_and_a_shorter_run_starts_like_a_longer_one
     assert [rate(step, 100, 100) for step in (0, 4, 50, 99)] == pytest.approx(
         [0.2, 1, 0.5, 0.05], abs=0.01
     )
-    assert all(rate(step, 60, 100) == rate(step, 100, 100) for step in range(42))
-    assert rate(51, 60, 100) == pytest.approx(rate(51, 100, 100) / 2)
-    assert 0 < rate(59, 60, 100) < 0.03
+    assert all(rate(step, 64, 100) == rate(step, 100, 100) for step in range(57))
+    assert rate(60, 64, 100) == pytest.approx(rate(60, 100, 100) / 2)
+    assert 0 < rate(63, 64, 100) < 0.05
 
 
 def test_files_are_held_out_whole_and_windows_are_theirs() -> None:
