@@ -10,17 +10,20 @@
          "sha256":"<of the text of the manifest object>"}
     other files      config, tokenizer: copied last, so that what was stopped is no model
 
-Quantized are floating matrices with `experts` in their name. One tensor at a time is in memory:
-a layer's experts at most. `error` is the relative L2 error of the tensor.
+Quantized are floating matrices with `experts` in their name. A tensor is read, quantized and
+written in pieces of 2^16 elements: no tensor is in memory as a whole. `error` is the relative L2
+error of the tensor.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +37,7 @@ from gose import checkpoint
 FORMATS = {"int8": "int8_b64_f16", "int4": "int4_b64_f16"}
 MANIFEST = "quantized.json"
 _MOST_HEADER = 100 << 20
+_PIECE = 1 << 16  # elements: a multiple of the blocks of every format
 _COPIED = (".json", ".txt", ".model", ".jinja")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -180,7 +184,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """Tensors of a safetensors file: name -> dtype, shape, data_offsets."""
+    """Tensors of a safetensors file: name -> dtype, shape, data_offsets, start in the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -190,6 +194,8 @@ def _header(path: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(file.read(length))
             header.pop("__metadata__", None)
             ends = [spec["data_offsets"][1] for spec in header.values()]
+            for spec in header.values():
+                spec["start"] = 8 + length + spec["data_offsets"][0]
             sound = all(isinstance(spec["shape"], list) for spec in header.values())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path.name}: not safetensors: {error}") from None
@@ -229,7 +235,10 @@ def _write(
     digest = hashlib.sha256()
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        with safe_open(source, framework="pt") as opened, temporary.open("wb") as file:
+        with safe_open(source, framework="pt"):  # its checks alone: a map of a file stays in memory
+            pass
+        specs = _header(source)
+        with source.open("rb") as opened, temporary.open("wb") as file:
 
             def put(content: bytes) -> None:
                 file.write(content)
@@ -237,17 +246,15 @@ def _write(
 
             put(len(text).to_bytes(8, "little") + text)
             for row in rows:
-                tensor = opened.get_tensor(row.name)
+                opened.seek(specs[row.name]["start"])
                 if not row.quantized:
-                    put(_bytes(tensor))
+                    for size in _sizes(row.bytes_before):
+                        put(opened.read(size))
                     continue
                 try:
-                    code, scale, _ = gk.quantize(tensor, format=format_name)
+                    entries.append(Entry(row.name, _put_quantized(row, opened, format_name, put)))
                 except ValueError as error:
                     raise ValueError(f"{source.name}: {row.name}: {error}") from None
-                put(_bytes(code))
-                put(_bytes(scale))
-                entries.append(Entry(row.name, _error(tensor, code, scale, format_name)))
                 tell(entries[-1])
             file.flush()
             os.fsync(file.fileno())
@@ -260,12 +267,39 @@ def _write(
     return size, digest.hexdigest()
 
 
+def _put_quantized(
+    row: Planned, opened: BufferedReader, format_name: str, put: Callable[[bytes], None]
+) -> float:
+    """The error of a tensor that is read from here in the file, and put as codes, then scales."""
+    dtype, form = _DTYPES[row.dtype], gk.FORMATS[format_name]
+    count = row.bytes_before // dtype.itemsize
+    scale_L = torch.empty(form.num_scales(count), dtype=torch.float16)
+    piece = bytearray(_PIECE * dtype.itemsize)
+    off = norm = 0.0
+    done = 0
+    for size in _sizes(count):
+        opened.readinto(memoryview(piece)[: size * dtype.itemsize])
+        values = torch.frombuffer(piece, dtype=dtype, count=size)
+        code, scale, _ = gk.quantize(values, format=format_name)
+        put(_bytes(code))
+        scale_L[done : done + len(scale)] = scale
+        done += len(scale)
+        whole = values.float()
+        norm += _norm(whole) ** 2
+        off += _norm(whole.sub_(gk.dequantize(code, scale, size, format=format_name))) ** 2
+    put(_bytes(scale_L))
+    return math.sqrt(off / norm) if norm > 0 else 0.0
+
+
+def _sizes(count: int) -> Iterator[int]:
+    """`count` in pieces."""
+    for start in range(0, count, _PIECE):
+        yield min(_PIECE, count - start)
+
+
+def _norm(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _error(tensor: Tensor, code: Tensor, scale: Tensor, format_name: str) -> float:
-    back = gk.dequantize(code, scale, tensor.numel(), format=format_name)
-    whole = tensor.reshape(-1).float()
-    norm = float(whole.double().norm())
-    return float((back - whole).double().norm()) / norm if norm > 0 else 0.0

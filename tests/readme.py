@@ -158,17 +158,19 @@ def masked_table() -> str:
 
 
 _LANGUAGE = {
-    "adaptive": ("way", "fewer_flops", "perplexity", "rise"),
+    "adaptive": ("way", "fewer_flops", "perplexity", "rise", "validation_rise"),
     "weights": ("weights", "smaller", "perplexity", "rise"),
-    "second": ("arm", "python", "headers"),
+    "second": ("arm", "python", "headers", "same_bits"),
 }
 
 
 def language_table(part: str) -> str:
-    """One part of the small language model: its rows as they are."""
+    """One part of the small language model: its rows as they are, the chosen one in bold."""
 
     def cell(column: str, value: Any) -> str:
-        if column == "rise":
+        if isinstance(value, bool):
+            return "yes" if value else "**no**"
+        if column.endswith("rise") and value != "":
             return f"{value:+.2%}"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -177,13 +179,20 @@ def language_table(part: str) -> str:
         lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
         lines.append("|" + "---|" * len(columns))
         for row in result[part]:
-            lines.append("| " + " | ".join(cell(c, row[c]) for c in columns) + " |")
+            cells = [cell(c, row.get(c, "")) for c in columns]
+            if row.get("chosen"):
+                cells = [f"**{text}**" for text in cells]
+            lines.append("| " + " | ".join(cells) + " |")
         notes = {
-            "adaptive": f"{result['steps']} steps, {result['train_bytes'] / 1e6:.1f} MB read in "
-            f"{result['train_cpu_seconds']:.0f} CPU seconds; {result['held_bytes']} bytes of "
-            f"{result['held_files']} held-out files.",
-            "weights": "Perplexity against that of the float32 weights.",
-            "second": f"Nats per byte after {result['second_steps']} steps on the headers.",
+            "adaptive": f"{result['steps']} steps, {result['train_bytes'] / 1e6:.1f} MB of "
+            f"{result['train_files']} files read in {result['train_cpu_seconds']:.0f} CPU seconds; "
+            f"chosen on {result['validation_bytes'] / 1e3:.0f} kB of {result['validation_files']} "
+            f"other files, measured on {result['test_bytes'] / 1e3:.0f} kB of "
+            f"{result['test_files']} again others.",
+            "weights": "Perplexity of the test text against that of the float32 weights.",
+            "second": f"Nats per byte of test texts after {result['second_steps']} steps on the "
+            "headers; same bits: of the first domain's loss, against the same layer before "
+            "training.",
         }
         return "\n".join([*lines, "", notes[part]])
 

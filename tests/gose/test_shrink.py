@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -192,3 +194,40 @@ def test_the_command_and_the_restored_model(tmp_path: Path) -> None:
     ):
         refused = run(cli.app, argv)
         assert refused.exit_code == 2
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+from gose import shrink
+
+def peak():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+small, model, out = map(Path, sys.argv[1:])
+shrink.quantize(small, out / "out0", "int8")  # what is loaded once
+before = peak()
+shrink.quantize(model, out / "out1", "int8")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(folder: Path, tmp_path: Path) -> None:
+    """Four layers of 48 MiB in one file: what is taken on top is less than one layer."""
+    layer = {
+        "gate_up_proj": torch.ones(8, 1024, 2048, dtype=torch.bfloat16),
+        "down_proj": torch.ones(8, 1024, 1024, dtype=torch.bfloat16),
+    }
+    layer_bytes = sum(tensor.nbytes for tensor in layer.values())
+    model = tmp_path / "layers"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    save_file(
+        {f"layers.{n}.experts.{k}": t.clone() for n in range(4) for k, t in layer.items()},
+        model / "model.safetensors",
+    )
+    command = [sys.executable, "-c", _PEAK, folder, model, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= layer_bytes
