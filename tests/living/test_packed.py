@@ -128,12 +128,15 @@ def test_a_packed_layer_settles_saves_and_comes_back(weights: Any) -> None:
     for experts in living:
         experts.add("new", like="expert2", router="copy")
         experts.remove("expert1")
+        experts.add("other", like="expert0", router="mean")
+        experts.add("last", like="new", router="copy")
     want, saved = _logits(model), copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"restore: .* call its settle\(\) first"):
         done.restore()
     assert torch.equal(_logits(model), want)
     for experts in living:
         experts.replace("expert0", like="expert3")
+        experts.replace("last", like="expert3")
     assert not torch.equal(_logits(model), want)
     model.load_state_dict(saved)
     torch.testing.assert_close(_logits(model), want, rtol=1e-3, atol=1e-3)
@@ -142,7 +145,7 @@ def test_a_packed_layer_settles_saves_and_comes_back(weights: Any) -> None:
     settled = _logits(model)
     torch.testing.assert_close(settled, want, rtol=1e-3, atol=1e-3)
     done.restore()
-    assert {len(block.experts.gate_up_proj) for block in _blocks(model)} == {4}
+    assert {len(block.experts.gate_up_proj) for block in _blocks(model)} == {6}
     torch.testing.assert_close(_logits(model), settled, rtol=1e-3, atol=1e-3)
 
 
