@@ -24,7 +24,7 @@ from torch._C import (
 )
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from gose_kernels import native as native_library
@@ -432,7 +432,7 @@ class Op:
         return lambda args, options: run(*args, *tail, **{**self._options, **options})
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if is_compiling():
+        if is_dynamo_compiling():
             return self.overload(*args, **options)
         if options and options.get("backend", "") is None:
             del options["backend"]

@@ -72,7 +72,7 @@ from gose_kernels.packing import (
     numbers_then,
     packed_experts,
     path_of,
-    repeat_call,
+    repeating,
     unpack_experts,
 )
 from gose_kernels.quantized import WEIGHTS, check_weights
@@ -607,17 +607,14 @@ def _cpu(*args: Any, **options: Any) -> Tensor:
     return out_TD
 
 
-def _again(args: tuple[Any, ...], options: dict[str, Any]) -> Any | None:
-    return repeat_call("expert_mlp", args[3:5], args, options)
-
-
 def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    call, weights = MlpCall(*args, **options), args[3:5]
+    call = MlpCall(*args, **options)
     packed = packed_of(call)
     assert packed is not None
-    numbers = torch.cat([numbers_of(call), numbers_then(call.x_TD, weights)])
+    then = numbers_then(call.x_TD, (call.w_up_EHD, call.w_down_EDF))
+    numbers = torch.cat([numbers_of(call), then])
     run = partial(torch.ops.gose_native.expert_mlp.default._op, numbers, packed.packed_EB)
-    learn_call("expert_mlp", weights, options, run, (packed,))
+    learn_call("expert_mlp", (3, 4), args, options, run, (packed,))
 
 
 def _cpu_train(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -675,7 +672,7 @@ def _train(*args: Any, **options: Any) -> Tensor:
 
 expert_mlp = register(
     f"expert_mlp({_ARGUMENTS}) -> Tensor",
-    native("cpu", _cpu, *DTYPES, path=path_of, again=_again, learn=_learn),
+    native("cpu", _cpu, *DTYPES, path=path_of, again=repeating("expert_mlp", 3), learn=_learn),
     reference(expert_mlp_reference),
     fake=_fake,
     training=_train,
