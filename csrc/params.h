@@ -279,6 +279,7 @@ struct ExpertMlpParams {    // out[t] = sum_k weight[t, k] * down(act(up(x[t])))
 struct WeightGradParams {
   void* out = nullptr;  // null: not wanted
   int64_t M, C;
+  bool add;  // to what is there; what would get 0 is not touched
 };
 
 struct ExpertMlpBackwardParams {

@@ -17,6 +17,7 @@ from gose_kernels import (
 )
 from gose_kernels.living import Adapter, LivingExperts, LoraExperts, read_peft, upcycle
 from gose_kernels.moe import MoE, RouteStats
+from gose_kernels.ops import accumulate as _accumulate  # noqa: F401 - registers its ops
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.distill_loss import distill_loss

@@ -180,11 +180,11 @@ def native(
 
     def run(*args: Any, **options: Any) -> Any:
         try:
-            if not isinstance(op, str):
-                return op(*args, **options)
-            if not found:
+            if isinstance(op, str) and not found:
                 found.append(getattr(torch.ops.gose_native, op).default._op)
-            if pack is None:
+            if not isinstance(op, str):
+                out = op(*args, **options)
+            elif pack is None:
                 out = found[0](*args, *options.values())
             else:
                 out = found[0](pack(**options), *args)

@@ -2,7 +2,8 @@
 //
 // The micro-kernel multiplies with K along the rows of an expert: its A is a block of columns of
 // `left`, turned, its panels are 32 columns of `right`. Every element of a gradient is written
-// once, past the caches where the gradient is larger than they are.
+// once, past the caches where the gradient is larger than they are and is not added to what is
+// there.
 #pragma once
 
 #include "expert_gemm.h"
@@ -183,7 +184,7 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
   if (g.to.C == 0) return;
   Float* out = static_cast<Float*>(g.to.out) + (e * g.to.M + m) * g.to.C;
   if (rows == 0 || (g.frozen_e != nullptr && g.frozen_e[e])) {
-    std::memset(static_cast<void*>(out), 0, count * g.to.C * sizeof(Float));
+    if (!g.to.add) std::memset(static_cast<void*>(out), 0, count * g.to.C * sizeof(Float));
     return;
   }
   const int64_t stride = row_stride(K, g.micro->bf16_rows ? 2 : 4);
@@ -202,7 +203,8 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
         g.micro->run(scratch + from * stride, stride, int32_t(to - from), panel, K, sums, nullptr,
                      0);
       }
-      const bool whole = past_caches && columns == kPanel && !zero &&
+      if (zero && g.to.add) continue;
+      const bool whole = past_caches && columns == kPanel && !zero && !g.to.add &&
                          g.left_frozen.frozen_ef == nullptr && g.right_frozen.frozen_ef == nullptr;
       for (int64_t r = 0; r < to - from; ++r) {
         Float* at = out + (from + r) * g.to.C + c;
@@ -210,13 +212,17 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
           for (int64_t v = 0; v < kPanel; v += kLanes) stream(at + v, load(sums + r * kPanel + v));
           continue;
         }
-        Float line[kPanel] = {};
-        if (!zero && !g.left_frozen.at(e, m + from + r)) {
+        Float before[kPanel] = {}, line[kPanel] = {};
+        if (g.to.add) std::memcpy(static_cast<void*>(before), at, columns * sizeof(Float));
+        if (zero || g.left_frozen.at(e, m + from + r)) {
+          std::memcpy(static_cast<void*>(line), before, sizeof line);
+        } else {
           for (int64_t v = 0; v < kPanel; v += kLanes) {
-            store(line + v, load(sums + r * kPanel + v));
+            const vf sum = load(sums + r * kPanel + v);
+            store(line + v, g.to.add ? load(before + v) + sum : sum);
           }
           for (int64_t v = 0; g.right_frozen.frozen_ef != nullptr && v < columns; ++v) {
-            if (g.right_frozen.at(e, c + v)) line[v] = Float{};
+            if (g.right_frozen.at(e, c + v)) line[v] = before[v];
           }
         }
         std::memcpy(static_cast<void*>(at), line, columns * sizeof(Float));
