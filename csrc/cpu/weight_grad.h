@@ -191,6 +191,8 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
   turn<Float>(g.left, first, rows, K, m, m + count, g.micro->bf16_rows, scratch, stride);
   char* panel = scratch + round_up(count, kLanes) * stride;
   const int64_t pieces = ceil_div(count, g.micro->rows);
+  // What is added to is a line or two of every row: far apart, so fetched two dozen tiles before.
+  const int64_t ahead = kPanel * ceil_div(24, pieces);
   alignas(64) float sums[kMostRows * kPanel];
   for (int64_t c = 0; c < g.to.C; c += kPanel) {
     const int64_t columns = least(kPanel, g.to.C - c);
@@ -199,17 +201,28 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t from = count * i / pieces, to = count * (i + 1) / pieces;
       const bool zero = none || g.left_frozen.all(e, m + from, m + to);
+      if (zero && g.to.add) continue;
+      for (int64_t r = from; g.to.add && c + ahead < g.to.C && r < to; ++r) {
+        const Float* next = out + r * g.to.C + c + ahead;
+        __builtin_prefetch(next, 1);
+        if (sizeof(Float) == 4) __builtin_prefetch(next + kPanel / 2, 1);
+      }
       if (!zero) {
         g.micro->run(scratch + from * stride, stride, int32_t(to - from), panel, K, sums, nullptr,
                      0);
       }
-      if (zero && g.to.add) continue;
-      const bool whole = past_caches && columns == kPanel && !zero && !g.to.add &&
-                         g.left_frozen.frozen_ef == nullptr && g.right_frozen.frozen_ef == nullptr;
+      const bool whole = columns == kPanel && !zero && g.left_frozen.frozen_ef == nullptr &&
+                         g.right_frozen.frozen_ef == nullptr;
       for (int64_t r = 0; r < to - from; ++r) {
         Float* at = out + (from + r) * g.to.C + c;
-        if (whole) {
-          for (int64_t v = 0; v < kPanel; v += kLanes) stream(at + v, load(sums + r * kPanel + v));
+        const float* sum_r = sums + r * kPanel;
+        if (whole && g.to.add) {
+          for (int64_t v = 0; v < kPanel; v += kLanes)
+            store(at + v, load(at + v) + load(sum_r + v));
+          continue;
+        }
+        if (whole && past_caches) {
+          for (int64_t v = 0; v < kPanel; v += kLanes) stream(at + v, load(sum_r + v));
           continue;
         }
         Float before[kPanel] = {}, line[kPanel] = {};
@@ -218,7 +231,7 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
           std::memcpy(static_cast<void*>(line), before, sizeof line);
         } else {
           for (int64_t v = 0; v < kPanel; v += kLanes) {
-            const vf sum = load(sums + r * kPanel + v);
+            const vf sum = load(sum_r + v);
             store(line + v, g.to.add ? load(before + v) + sum : sum);
           }
           for (int64_t v = 0; g.right_frozen.frozen_ef != nullptr && v < columns; ++v) {
