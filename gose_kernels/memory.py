@@ -67,8 +67,8 @@ def fused_grad_accumulation() -> Iterator[None]:
             with gk.memory.fused_grad_accumulation():
                 loss(batch).backward()
 
-    Without a `.grad` (the first micro-batch), with hooks on the weights, with create_graph=True or
-    under torch.compile gradients take their usual way. For `backward()` alone: a call of
+    On the CPU. Without a `.grad` (the first micro-batch), with hooks on the weights, with
+    create_graph=True or under torch.compile gradients take their usual way. For `backward()` alone: a call of
     `torch.autograd.grad` within it would change `.grad` and find no gradient. Holds for every
     thread of the process. The name and idea are Megatron-LM's gradient accumulation fusion.
     """
@@ -83,10 +83,13 @@ def fused_grad_accumulation() -> Iterator[None]:
 
 
 def gradients_to_add_to(
-    weights: Sequence[Tensor], needed: Sequence[bool]
+    weights: Sequence[Tensor], needed: Sequence[bool], backend: str | None
 ) -> list[Tensor | None] | None:
-    """`.grad` of every weight that needs a gradient; None if one of them must have its own."""
+    """`.grad` of every weight that needs a gradient; None if one of them must have its own, or the
+    backend cannot add."""
     if not _fusing or torch.is_grad_enabled() or not any(needed):
+        return None
+    if backend not in (None, "cpu", "torch") or any(w.device.type != "cpu" for w in weights):
         return None
     found: list[Tensor | None] = []
     for w, need in zip(weights, needed, strict=True):
@@ -95,7 +98,7 @@ def gradients_to_add_to(
         if need and (
             grad is None
             or hooks
-            or (grad.dtype, grad.device, grad.shape) != (w.dtype, w.device, w.shape)
+            or (grad.dtype, grad.shape) != (w.dtype, w.shape)
             or not grad.is_contiguous()
             or type(grad) is not Tensor
         ):
