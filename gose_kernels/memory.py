@@ -68,9 +68,9 @@ def fused_grad_accumulation() -> Iterator[None]:
                 loss(batch).backward()
 
     On the CPU. Without a `.grad` (the first micro-batch), with hooks on the weights, with
-    create_graph=True or under torch.compile gradients take their usual way. For `backward()` alone: a call of
-    `torch.autograd.grad` within it would change `.grad` and find no gradient. Holds for every
-    thread of the process. The name and idea are Megatron-LM's gradient accumulation fusion.
+    create_graph=True or under torch.compile gradients take their usual way. For `backward()` alone:
+    a call of `torch.autograd.grad` within it would change `.grad` and find no gradient. Holds for
+    every thread of the process. The name and idea are Megatron-LM's gradient accumulation fusion.
     """
     global _fusing
     with _lock:
