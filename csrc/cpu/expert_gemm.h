@@ -56,8 +56,8 @@ constexpr int64_t kSlotBytes = int64_t{32} << 20;
 
 // Columns of D that a pass makes; whole panels. Weights that are packed as they are read come in
 // pieces of rows this wide: at 256 columns the backward took 5 % longer than at 1024.
-inline int64_t columns_of_pass(int64_t rows, int64_t D) {
-  const int64_t fitting = kSlotBytes / 4 / most(rows, 1) / kPanel * kPanel;
+inline int64_t columns_of_pass(int64_t rows, int64_t D, int64_t bytes = kSlotBytes) {
+  const int64_t fitting = bytes / 4 / most(rows, 1) / kPanel * kPanel;
   return least(D, most(fitting, 16 * kPanel));
 }
 
