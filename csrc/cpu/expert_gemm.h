@@ -62,7 +62,7 @@ inline int64_t columns_of_pass(int64_t rows, int64_t D, int64_t bytes = kSlotByt
 }
 
 // Weights that a thread packs at a time: a part of the last-level cache.
-constexpr int64_t kRunBytes = int64_t{4} << 20;
+constexpr int64_t kRunBytes = int64_t{2} << 20;
 
 constexpr int64_t kItemsPerThread = 32;
 inline int64_t items_at_most(int64_t E, int64_t threads, int64_t panels, int64_t panel_bytes) {
