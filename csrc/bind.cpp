@@ -583,6 +583,12 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "dequantize_add_(Tensor(a!) acc_P, Tensor code, Tensor scale, Tensor? frozen_P, str format, "
       "float weight) -> ()");
+  m.def(
+      "quantize_at(Tensor x_P, Tensor? residual_P, Tensor? place_L, str format, bool stochastic, "
+      "int seed, int step) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dequantize_at(Tensor(a!) out_P, Tensor code, Tensor scale, Tensor? place_L, str format, "
+      "float? weight) -> ()");
 #define GOSE_DISTILL_ARGUMENTS                                                                  \
   "(Tensor student_BC, Tensor teacher, Tensor label, Tensor? weight_B, Tensor? task_weight_B, " \
   "Tensor? teacher_id_BJ, Tensor? teacher_tail_B, float task_weight, float tau, "               \

@@ -221,10 +221,12 @@ def triton(
     *dtypes: torch.dtype,
     check: Callable[..., None] | None = None,
     unless: Callable[..., str | None] | None = None,
+    writes: tuple[int, ...] = (),
 ) -> Backend:
     """The launcher `gose_kernels.triton.<module>.<op>`, imported when first run.
 
     A launcher trusts its arguments: `check(*args, **options)` raises what does not fit together.
+    `unless` and `writes` are those of `native`.
     """
 
     def why_not(*args: Any, **options: Any) -> str | None:
@@ -239,7 +241,10 @@ def triton(
         if check is not None:
             check(*args, **options)
         launcher = getattr(importlib.import_module(f"gose_kernels.triton.{module}"), op)
-        return launcher(*args, **options)
+        out = launcher(*args, **options)
+        if writes:
+            torch.autograd.graph.increment_version(_tensors(args[i] for i in writes))
+        return out
 
     return Backend("triton", run, why_not, by_dtype=unless is None)
 
