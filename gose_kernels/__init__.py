@@ -45,6 +45,7 @@ from gose_kernels.packing import (
     unpack_experts,
 )
 from gose_kernels.registry import OPS, Backend, Cost, Op, explain
+from gose_kernels.tuning import tune
 
 __all__ = [
     "FORMATS",
@@ -92,6 +93,7 @@ __all__ = [
     "read_peft",
     "route",
     "squared_grad",
+    "tune",
     "unpack_experts",
     "upcycle",
 ]
