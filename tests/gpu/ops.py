@@ -303,15 +303,15 @@ def _quantize_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]
             continue
         if dtype == torch.float16 and case.kind in ("large", "largest", "scales"):
             continue
-        name, rounding = _FORMATS[turn % len(_FORMATS)]
+        name, rounding = _FORMATS[0 if case.kind == "ties" else turn % len(_FORMATS)]
         turn += 1
         options = Options(format=name, rounding=rounding, seed=9, step=4)
         yield f"{case}-{name}-{rounding}", (*given, options)
     for name, rounding in _FORMATS:
-        case = cases.QuantizeCase("normal", (1283,), name != "int8_b64_f16")
+        case = cases.QuantizeCase("normal", (2183,), name != "int8_b64_f16")
         options = Options(format=name, rounding=rounding, seed=-9, step=2**40)
         yield f"{case}-{name}-{rounding}", (*case.build(dtype), options)
-        x, residual, frozen = cases.QuantizeCase("normal", (1283,), True).build(dtype)
+        x, residual, frozen = cases.QuantizeCase("normal", (2183,), True).build(dtype)
         shifted = (x[1:], None if residual is None else residual[1:], frozen)
         yield f"{case}-off-by-one-{name}-{rounding}", (*shifted, options)
 
