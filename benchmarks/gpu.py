@@ -38,9 +38,9 @@ def _filled(op: str, shape: gpu_model.Shape, device: str) -> tuple[Any, ...]:
         if t.dtype == torch.bool:
             return torch.zeros(t.shape, dtype=torch.bool, device=device)  # nothing is frozen
         if t.is_floating_point():
-            values = torch.randn(t.shape, generator=random)
+            drawn = torch.randn(t.shape, generator=random)
             positive = op.startswith(("dequantize", "masked"))  # scales, second moments
-            return (values.abs() if positive else values).to(device, t.dtype)
+            return (drawn.abs() if positive else drawn).to(device, t.dtype)
         count = t.numel()
         values = torch.randperm(count, generator=random) if op != "dispatch" else None
         values = torch.randint(0, shape.E, (count,), generator=random) if values is None else values

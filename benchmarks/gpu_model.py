@@ -112,7 +112,7 @@ def _masked_flops(op: str, backend: str, *args: Any, **options: Any) -> int:
     scaled = backend == "cuda" or given
     decays = options.get("weight_decay", 0.0) != 0
     if op == "masked_sgd_" and backend == "cuda":  # computes what an option then selects
-        return P * (10 if options.get("momentum", 0.0) != 0 else 5)
+        return int(P * (10 if options.get("momentum", 0.0) != 0 else 5))
     if op == "masked_sgd_":
         moments = 3 * (options.get("momentum", 0.0) != 0) + 2 * options.get("nesterov", False)
         return int(P * (2 + scaled + moments + 2 * decays))

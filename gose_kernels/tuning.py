@@ -83,7 +83,7 @@ def _seconds(op: str, args: tuple[Any, ...]) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3 / _CALLS)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def _measure() -> dict[str, int]:
