@@ -514,8 +514,8 @@ quantize = register(
     "quantize(Tensor x_P, Tensor? residual_P=None, Tensor? frozen_P=None, *, "
     "str format='int8_b256_f32', str rounding='nearest', int seed=0, int step=0, "
     "str? backend=None) -> (Tensor, Tensor, Tensor)",
-    native("cuda", _cuda_quantize, float32, torch.bfloat16, float16),
-    triton("quantize", "quantize", float32, torch.bfloat16, float16, check=_check_quantize_call),
+    native("cuda", _cuda_quantize),
+    triton("quantize", "quantize", check=_check_quantize_call),
     native("cpu", "quantize"),
     reference(quantize_reference),
     fake=_quantize_fake,
