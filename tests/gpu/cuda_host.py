@@ -139,9 +139,10 @@ class OnEmulator:
     def __init__(self, library: Path, order: str = "forward") -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.gose_emulate_error.restype = ctypes.c_char_p
-        self._library.gose_emulate_order(ORDERS[order])
+        self._order = ORDERS[order]
 
     def __call__(self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any) -> None:
+        self._library.gose_emulate_order(self._order)  # the library's: others may have set theirs
         if error := run_launcher(self._library, op, struct, **tensors, **values):
             text = self._library.gose_emulate_error().decode()
             raise RuntimeError(f"{op}: error {error}: {text}")
