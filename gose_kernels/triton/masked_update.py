@@ -23,7 +23,7 @@ from gose_kernels.triton import BYTES_PER_LOAD, declares, size_of, threads_per_w
 from gose_kernels.triton.philox import draw, key_words
 
 _COUNTS = 128  # step counts of a program
-_STATE_BYTES = 4  # of an element of the widest tensors
+_STATE_BYTES = 4  # of an element of a state, a master copy or a score
 # Rules and kinds of masks, as constants of a kernel.
 _SGD, _ADAM, _LION = (tl.constexpr(n) for n in range(3))
 _NONE, _BYTES, _BITS, _SCORES = (tl.constexpr(n) for n in range(4))
@@ -267,9 +267,9 @@ def _units(frozen: Tensor | None, param: Tensor) -> tuple[Tensor | None, int]:
     return masks.spread(frozen, own).contiguous(), math.prod(own)
 
 
-def _tile(units: int, inner: int) -> tuple[int, int]:
-    """Units and columns of a program: 16 bytes of a state a thread."""
-    size = warps_of("masked_update") * threads_per_warp() * BYTES_PER_LOAD // _STATE_BYTES
+def _tile(units: int, inner: int, widest: int) -> tuple[int, int]:
+    """Units and columns of a program: 16 bytes a thread of the tensor with the widest elements."""
+    size = warps_of("masked_update") * threads_per_warp() * BYTES_PER_LOAD // widest
     columns = min(size, triton.next_power_of_2(max(1, inner)))
     return min(size // columns, triton.next_power_of_2(max(1, units))), columns
 
@@ -325,7 +325,9 @@ class _Entry:
         """The step itself; what is missing among the pointers is lr, which nothing reads there."""
         states = [self.writes(self.states[s * self.count + self.n]) for s in range(num_states)]
         param, lr = self.writes(self.param), self.lr
-        rows, columns = _tile(*self.sizes)
+        scored = self.elements and self.kind == _SCORES.value
+        wide = num_states > 0 or self.master is not None or scored
+        rows, columns = _tile(*self.sizes, _STATE_BYTES if wide else param.element_size())
         counts = 0 if self.step is None else 1 + self.by_mask * (1 + self.elements)
         _update_kernel[(triton.cdiv(self.sizes[0], rows) * triton.cdiv(self.sizes[1], columns),)](
             param,

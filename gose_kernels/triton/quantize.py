@@ -68,6 +68,7 @@ def _quantize_kernel(
     scale_ptr,  # [ceil(L / B)], written once
     left_ptr,  # [P] float32, or anything
     L,
+    num_bytes,  # of the code: a bound that is a constant of neighbours, so that they share a store
     key0,
     key1,
     BITS: tl.constexpr,
@@ -117,7 +118,7 @@ def _quantize_kernel(
         low, high = tl.split(tl.reshape(q, [G, B // 2, 2]))
         byte = g[:, None] * (B // 2) + tl.arange(0, B // 2)[None, :]
         pair = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)
-        tl.store(code_ptr + byte, pair, mask=2 * byte < L)
+        tl.store(code_ptr + byte, pair, mask=byte < num_bytes)
 
 
 @triton.jit(launch_metadata=declares(_dequantize_work))
@@ -127,6 +128,7 @@ def _dequantize_kernel(
     place_ptr,  # [L] int64 flat indices, -1 = no element, or anything
     out_ptr,  # [P] float32, written or added to once
     L,
+    num_bytes,  # of the code of L elements
     weight,
     BITS: tl.constexpr,
     ADD: tl.constexpr,
@@ -141,7 +143,7 @@ def _dequantize_kernel(
         q = tl.load(code_ptr + at, mask=inside, other=0).to(tl.int8, bitcast=True).to(tl.int32)
     else:
         byte = g[:, None] * (B // 2) + tl.arange(0, B // 2)[None, :]
-        pair = tl.load(code_ptr + byte, mask=2 * byte < L, other=0).to(tl.int32)
+        pair = tl.load(code_ptr + byte, mask=byte < num_bytes, other=0).to(tl.int32)
         q = tl.reshape(tl.join(((pair & 15) ^ 8) - 8, ((pair >> 4) ^ 8) - 8), [G, B])
     i = at
     if HAS_PLACE:
@@ -200,6 +202,7 @@ def quantize(
             scale,
             left_P if residual_P is not None else scale,
             num_live,
+            code.numel(),
             *key_words(seed, step),
             BITS=bits,
             HALF=half,
@@ -240,6 +243,7 @@ def _decode(
             code if place_L is None else place_L,
             out_P,
             num_coded,
+            triton.cdiv(num_coded * bits, 8),
             1.0 if weight is None else weight,
             BITS=bits,
             ADD=weight is not None,

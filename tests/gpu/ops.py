@@ -638,7 +638,7 @@ def _masked_tiles(op: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any,
         ((64, 4096), (64, 1)),
         ((64, 4096), (64, 4096)),
         ((64, 4096), None),
-        *(((64, 1 << i), (64, 1)) for i in range(1, 9)),
+        *(((64, 1 << i), (64, 1)) for i in range(1, 10)),
     ):
         param, grad = [_meta(*shape, dtype=dtype)], [_meta(*shape, dtype=dtype)]
         state = [_meta(*shape, dtype=torch.float32)] * _num_states(op, _MASKED_OPTIONS[op])
@@ -646,6 +646,9 @@ def _masked_tiles(op: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any,
         frozen = [] if mask is None else [_meta(*mask, dtype=torch.bool)]
         lr, options = _meta(dtype=torch.float32), Options(_MASKED_OPTIONS[op])
         yield f"{shape}-{mask}", (param, grad, state, step, [], frozen, [], lr, None, options)
+    if op == "masked_sgd_":  # without a float32 tensor
+        given = (param, grad, [], step, [], frozen, [], lr, None, Options())
+        yield f"{shape}-{mask}-plain", given
 
 
 def _masked_op(op: str) -> OnGpu:

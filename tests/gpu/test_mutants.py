@@ -128,7 +128,7 @@ TRITON_MUTANTS = [
     ),
     TritonMutant("rank off by one", _DISPATCH, "axis=0) - 1)", "axis=0))"),
     TritonMutant("scale low", _QUANTIZE, "bitcast=True) + low_G.to(tl.int32)", "bitcast=True)"),
-    TritonMutant("bound", _QUANTIZE, "mask=2 * byte < L)", "mask=2 * byte <= L)"),
+    TritonMutant("bound", _QUANTIZE, "byte < num_bytes)", "byte <= num_bytes)"),
     TritonMutant("mask dropped", _DECODE, "inside = inside & (i >= 0)", "pass"),
     TritonMutant("stride swapped", _MASKED, "place = slot * INNER", "place = slot * COLUMNS"),
     TritonMutant("mask dropped", _MASKED, "tl.where(live, new, old)", "new"),
