@@ -168,7 +168,7 @@ def _update_kernel(
             m = old0
         if DECOUPLED:
             lr = tl.load(lr_ptr)
-            p *= (1.0 - lr * decay.to(lr.dtype)).to(tl.float32)
+            p *= (1.0 - lr * tl.full([], decay, lr.dtype)).to(tl.float32)
         if RULE == _SGD:
             if NUM_STATES > 0:
                 m = momentum * m + undamped * g
