@@ -159,9 +159,9 @@ def test_where_gradients_take_their_usual_way(what: str, monkeypatch: pytest.Mon
     if what == "outside":
         out.sum().backward()
     elif what == "create_graph":
-        with memory.fused_grad_accumulation():
-            with pytest.warns(UserWarning, match="create_graph"):
-                out.sum().backward(create_graph=True)
+        usual = pytest.warns(UserWarning, match="create_graph")
+        with memory.fused_grad_accumulation(), usual:
+            out.sum().backward(create_graph=True)
     elif what == "other dtype":
         doubled = [a.double() if i in (0, 1, 3, 4) else a for i, a in enumerate(args)]
         with memory.fused_grad_accumulation():
