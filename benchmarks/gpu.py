@@ -31,10 +31,16 @@ def _filled(op: str, shape: gpu_model.Shape, device: str) -> tuple[Any, ...]:
     random = torch.Generator().manual_seed(0)
 
     def fill(t: Any) -> Any:
+        if isinstance(t, list):
+            return [fill(own) for own in t]
         if not isinstance(t, Tensor):
             return t
+        if t.dtype == torch.bool:
+            return torch.zeros(t.shape, dtype=torch.bool, device=device)  # nothing is frozen
         if t.is_floating_point():
-            return torch.randn(t.shape, generator=random).to(device, t.dtype)
+            drawn = torch.randn(t.shape, generator=random)
+            positive = op.startswith(("dequantize", "masked"))  # scales, second moments
+            return (drawn.abs() if positive else drawn).to(device, t.dtype)
         count = t.numel()
         values = torch.randperm(count, generator=random) if op != "dispatch" else None
         values = torch.randint(0, shape.E, (count,), generator=random) if values is None else values

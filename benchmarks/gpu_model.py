@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ import gose_kernels as gk
 LAUNCH_SECONDS = 2.5e-6
 BANDWIDTH_SHARE = 0.85
 WARP = 32
+MASKED = ("sgd", "adam", "lion")
 
 
 class Device(NamedTuple):
@@ -80,13 +82,63 @@ def _combine_backward_reductions(backend: str, grad: Tensor, *args: Tensor) -> i
 
 # Additions that a kernel makes beyond its op's declared flops.
 REDUCTIONS: dict[str, Callable[..., int]] = {"combine_backward": _combine_backward_reductions}
+
+
+def _quantize_flops(
+    backend: str,
+    x: Tensor,
+    residual: Tensor | None = None,
+    frozen: Tensor | None = None,
+    *,
+    format: str = "int8_b256_f32",  # noqa: A002
+    rounding: str = "nearest",
+    **_options: Any,
+) -> int:
+    """Divisions, comparisons and conversions are none; whether a scale must be one higher is a
+    product, in float32 a fused one, in every thread of its block."""
+    given, drawn = residual is not None, rounding == "stochastic"
+    form = gk.FORMATS[format]
+    fused = 2 if form.scale_dtype == torch.float32 else 1
+    if backend == "cuda":  # 8 elements a thread; two blocks of 64, or one of 256
+        return int(x.numel() * (2 + given + 3 * drawn) + x.numel() // 8 * 2)
+    widest = 4 if given or form.bits == 4 else x.element_size()
+    return int(x.numel() * (6 if given else 3) + x.numel() * widest // 16 * fused)
+
+
+def _masked_flops(op: str, backend: str, *args: Any, **options: Any) -> int:
+    """Of lists of live elements in whole programs. Square roots and divisions are none; adam's
+    bias corrections come on top, in every thread."""
+    P, given = sum(p.numel() for p in args[0]), len(args) > 8 and args[8] is not None
+    scaled = backend == "cuda" or given
+    decays = options.get("weight_decay", 0.0) != 0
+    if op == "masked_sgd_" and backend == "cuda":  # computes what an option then selects
+        return int(P * (10 if options.get("momentum", 0.0) != 0 else 5))
+    if op == "masked_sgd_":
+        moments = 3 * (options.get("momentum", 0.0) != 0) + 2 * options.get("nesterov", False)
+        return int(P * (2 + scaled + moments + 2 * decays))
+    # 1 - lr * decay in every thread: of 8 elements, or of 4
+    keep = 2 * decays * P // (8 if backend == "cuda" else 4)
+    kept = backend == "cuda" or decays  # CUDA multiplies by 1 too
+    return int(P * ((8 if op == "masked_lion_" else 11) + scaled + kept) + keep)
+
+
+# Float additions and multiplications of kernels that compute otherwise than their op declares.
+FLOPS: dict[str, Callable[..., int]] = {
+    "quantize": _quantize_flops,
+    **{f"masked_{rule}_": partial(_masked_flops, f"masked_{rule}_") for rule in MASKED},
+}
+# Ops whose exponentials the closed forms leave out: what is counted is no less.
+AT_LEAST = ("entropy", "entropy_backward", "masked_adam_")
 # Kernels of one call, where there are several.
-LAUNCHES = {"dispatch": 3}
+LAUNCHES = {"dispatch": 3, "masked_adam_": 2}
 
 
 def scratch_bytes(op: str, backend: str, *args: Any) -> int:
     """At most so many bytes does a call move besides its inputs and outputs, each once: counts of
-    chunks, written, scanned and read again, and inputs that a later launch reads again."""
+    chunks, written, scanned and read again, inputs that a later launch reads again, numbers that
+    every launch reads."""
+    if op in FLOPS and op.startswith("masked"):
+        return int(args[7].element_size() + 4 * len(args[3]))
     if op != "dispatch":
         return 0
     expert, E = args
@@ -102,13 +154,15 @@ class Work:
     launches: int
 
 
-def work(op: str, backend: str, *args: Any) -> Work:
+def work(op: str, backend: str, *args: Any, **options: Any) -> Work:
     """Bytes, flops and launches of a call of a GPU kernel, by closed forms.
 
     The flops of entropy are its declared ones: exponentials and rescaling come on top, and how
-    often a sum is rescaled depends on the data.
+    often a sum is rescaled depends on the data. So do those of adam's bias corrections.
     """
-    cost = gk.OPS[op].cost_of(*args)
+    cost = gk.OPS[op].cost_of(*args, **options)
+    if op in FLOPS:
+        return Work(cost.bytes, FLOPS[op](backend, *args, **options), LAUNCHES.get(op, 1))
     extra = REDUCTIONS[op](backend, *args) if op in REDUCTIONS else 0
     return Work(cost.bytes, cost.flops + extra, LAUNCHES.get(op, 1))
 
@@ -133,15 +187,38 @@ def _combine(s: Shape) -> tuple[Any, ...]:
     return y, _meta(*slots, dtype=torch.float32), _meta(*slots, dtype=torch.int32)
 
 
-# An op's arguments at a shape; activations bfloat16, router logits float32.
+def _coded(s: Shape) -> tuple[Tensor, Tensor]:
+    """Code and scales of an update of T rows of width D, int8_b256_f32."""
+    P = s.T * s.D
+    return _meta(P, dtype=torch.uint8), _meta(-(-P // 256), dtype=torch.float32)
+
+
+def _masked(moments: int, s: Shape) -> tuple[Any, ...]:
+    """A step of T rows of width D in float32, a mask value a row."""
+    param, grad, *state = (_meta(s.T, s.D, dtype=torch.float32) for _ in range(2 + moments))
+    step = [_meta(dtype=torch.float32)] if moments == 2 else []
+    frozen = [_meta(s.T, 1, dtype=torch.bool)]
+    return [param], [grad], state, step, [], frozen, [], _meta(dtype=torch.float32)
+
+
+# An op's arguments at a shape; activations bfloat16, router logits and updates float32.
 ARGUMENTS: dict[str, Callable[[Shape], tuple[Any, ...]]] = {
     "combine": _combine,
     "combine_backward": lambda s: (_meta(s.T, s.D), *_combine(s)),
+    "dequantize": lambda s: (*_coded(s), s.T * s.D),
+    "dequantize_add_": lambda s: (_meta(s.T * s.D, dtype=torch.float32), *_coded(s)),
     "dispatch": lambda s: (_meta(s.T, s.K, dtype=torch.int32), s.E),
     "entropy": lambda s: (_meta(s.T, s.E, dtype=torch.float32),),
     "entropy_backward": lambda s: (
         _meta(s.T, dtype=torch.float32),
         _meta(s.T, s.E, dtype=torch.float32),
+    ),
+    "masked_adam_": partial(_masked, 2),
+    "masked_lion_": partial(_masked, 1),
+    "masked_sgd_": partial(_masked, 0),
+    "quantize": lambda s: (
+        _meta(s.T, s.D, dtype=torch.float32),
+        _meta(s.T, s.D, dtype=torch.float32),
     ),
 }
 

@@ -290,13 +290,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward(
     Tensor w_down_EDF, bool transposed, std::optional<Tensor> bias_down_ED,
     std::optional<Tensor> frozen_E, std::optional<Tensor> frozen_EF, Tensor pre_NH, Tensor grad_TD,
     std::optional<Tensor> grad_up, std::optional<Tensor> grad_down, bool need_x, bool need_weight,
-    bool need_bias_up, bool need_bias_down) {
+    bool need_bias_up, bool need_bias_down, bool add) {
   const char* op = "expert_mlp_backward";
   check_dim(op, "w_down_EDF", w_down_EDF, 3);
   MlpCall call(op, x_TD, w_down_EDF.size(0), MlpOptions(op, options));
   call.route(op, weight_TK, expert_TK);
-  const MlpGradients wanted = {grad_up,     grad_down,    need_x,
-                               need_weight, need_bias_up, need_bias_down};
+  const MlpGradients wanted = {grad_up,      grad_down,      need_x, need_weight,
+                               need_bias_up, need_bias_down, add};
   return run_expert_mlp_backward(call, w_up_EHD, w_down_EDF, transposed, bias_down_ED, frozen_E,
                                  frozen_EF, pre_NH, grad_TD, wanted,
                                  torch::stable::get_num_threads(), kTorchThreads);
@@ -348,8 +348,8 @@ Tensor grouped_gemm_raw(Tensor x_ND, Tensor w_EFD, Tensor offset_E1, std::option
 }
 
 Tensor grouped_gemm_backward(Tensor grad_NF, Tensor x_ND, Tensor offset_E1, Tensor grad_w,
-                             bool transposed, bool bias) {
-  return run_grouped_gemm_backward(grad_NF, x_ND, offset_E1, grad_w, transposed, bias,
+                             bool transposed, bool bias, bool add) {
+  return run_grouped_gemm_backward(grad_NF, x_ND, offset_E1, grad_w, transposed, bias, add,
                                    torch::stable::get_num_threads(), kTorchThreads);
 }
 
@@ -583,6 +583,12 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "dequantize_add_(Tensor(a!) acc_P, Tensor code, Tensor scale, Tensor? frozen_P, str format, "
       "float weight) -> ()");
+  m.def(
+      "quantize_at(Tensor x_P, Tensor? residual_P, Tensor? place_L, str format, bool stochastic, "
+      "int seed, int step) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dequantize_at(Tensor(a!) out_P, Tensor code, Tensor scale, Tensor? place_L, str format, "
+      "float? weight) -> ()");
 #define GOSE_DISTILL_ARGUMENTS                                                                  \
   "(Tensor student_BC, Tensor teacher, Tensor label, Tensor? weight_B, Tensor? task_weight_B, " \
   "Tensor? teacher_id_BJ, Tensor? teacher_tail_B, float task_weight, float tau, "               \
@@ -638,13 +644,13 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
       "Tensor w_up_EHD, Tensor w_down_EDF, bool transposed, Tensor? bias_down_ED, "
       "Tensor? frozen_E, Tensor? frozen_EF, Tensor pre_NH, Tensor grad_TD, "
       "Tensor(a!)? grad_up, Tensor(b!)? grad_down, bool need_x, bool need_weight, "
-      "bool need_bias_up, bool need_bias_down) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool need_bias_up, bool need_bias_down, bool add) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "grouped_gemm_raw(Tensor x_ND, Tensor w_EFD, Tensor offset_E1, Tensor? bias_EF, "
       "bool transposed) -> Tensor");
   m.def(
       "grouped_gemm_backward(Tensor grad_NF, Tensor x_ND, Tensor offset_E1, Tensor(a!) grad_w, "
-      "bool transposed, bool bias) -> Tensor");
+      "bool transposed, bool bias, bool add) -> Tensor");
   m.def("micro_kernel(str dtype) -> str");
   m.def("scratch_bytes() -> int");
   m.def("release_scratch() -> ()");

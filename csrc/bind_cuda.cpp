@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "bind_combine.h"
+#include "bind_quantize.h"
 #include "bind_routing.h"
 #include "cuda/kernels.h"
 
@@ -83,13 +84,176 @@ std::tuple<Tensor, Tensor, Tensor> dispatch(Tensor expert_TK, int64_t num_expert
   return {row, token, offset};
 }
 
+const int64_t* places(const std::optional<Tensor>& place_L) {
+  return place_L ? static_cast<const int64_t*>(place_L->const_data_ptr()) : nullptr;
+}
+
+// place_L: contiguous int64 of this op's own making.
+std::tuple<Tensor, Tensor, Tensor> quantize_at(Tensor x_P, std::optional<Tensor> residual_P,
+                                               std::optional<Tensor> place_L,
+                                               std::string format_name, bool stochastic,
+                                               int64_t seed, int64_t step) {
+  const char* op = "quantize";
+  const CodeFormat format = code_format(op, format_name);
+  const Tensor x = dense(x_P);
+  const Tensor residual = residual_P ? dense(*residual_P) : x;
+  const int64_t L = place_L ? place_L->numel() : x.numel();
+  Tensor code = torch::stable::new_empty(x, {code_bytes(format, L)}, ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(x, {num_scales(format, L)},
+                                          format.half_scale ? ScalarType::Half : ScalarType::Float);
+  const std::vector<int64_t> shape = residual_P ? sizes_of(x, x.dim()) : std::vector<int64_t>{0};
+  Tensor left = place_L ? torch::stable::new_zeros(x, shape, ScalarType::Float)
+                        : torch::stable::new_empty(x, shape, ScalarType::Float);
+  const QuantizeParams params = {
+      .x = x.const_data_ptr(),
+      .residual = residual_P ? static_cast<const float*>(residual.const_data_ptr()) : nullptr,
+      .frozen = nullptr,
+      .start = nullptr,
+      .place = places(place_L),
+      .code = static_cast<uint8_t*>(code.mutable_data_ptr()),
+      .scale = scale.mutable_data_ptr(),
+      .left = residual_P ? static_cast<float*>(left.mutable_data_ptr()) : nullptr,
+      .bad = nullptr,
+      .P = x.numel(),
+      .L = L,
+      .inner = 1,
+      .seed = seed,
+      .step = step,
+      .stochastic = stochastic,
+      .format = format,
+      .dtype = float_dtype(op, "x_P", x),
+  };
+  launch(op, x, params, &cuda::quantize);
+  return {code, scale, left};
+}
+
+// out = q * scale, or with a weight out += weight * (q * scale).
+void dequantize_at(Tensor out_P, Tensor code, Tensor scale, std::optional<Tensor> place_L,
+                   std::string format_name, std::optional<double> weight) {
+  const char* op = weight ? "dequantize_add_" : "dequantize";
+  const Tensor code_1 = dense(code), scale_1 = dense(scale);
+  const DequantizeParams params = {
+      .code = static_cast<const uint8_t*>(code_1.const_data_ptr()),
+      .scale = scale_1.const_data_ptr(),
+      .frozen = nullptr,
+      .start = nullptr,
+      .place = places(place_L),
+      .out = static_cast<float*>(out_P.mutable_data_ptr()),
+      .P = out_P.numel(),
+      .L = place_L ? place_L->numel() : out_P.numel(),
+      .inner = 1,
+      .weight = float(weight.value_or(1.0)),
+      .add = weight.has_value(),
+      .format = code_format(op, format_name),
+  };
+  launch(op, out_P, params, &cuda::dequantize);
+}
+
+// lr and grad_scale stay on the device; all tensors are there.
+UpdateScalars update_scalars(const UpdateArguments& a, double decay, bool maximize) {
+  UpdateScalars out;
+  out.lr = a.lr.const_data_ptr();
+  out.lr_is_double = check_scalar(a.op, "lr", a.lr);
+  if (a.grad_scale) {
+    out.grad_scale = a.grad_scale->const_data_ptr();
+    out.grad_scale_is_double = check_scalar(a.op, "grad_scale", *a.grad_scale);
+    check_device(a.op, "grad_scale", *a.grad_scale, "lr", a.lr);
+  }
+  out.decay = decay;
+  out.maximize = maximize;
+  const std::pair<const char*, const Tensors*> lists[] = {
+      {"param", &a.param},   {"grad", &a.grad},     {"state", &a.state}, {"step", &a.step},
+      {"master", &a.master}, {"frozen", &a.frozen}, {"row", &a.row}};
+  for (const auto& [name, list] : lists) {
+    for (size_t n = 0; n < list->size(); ++n) {
+      check_device(a.op, at_index(name, n).c_str(), (*list)[n], "lr", a.lr);
+    }
+  }
+  return out;
+}
+
+void masked_sgd(Tensors param, Tensors grad, Tensors state, Tensors step, Tensors master,
+                Tensors frozen, Tensors row, Tensor lr, std::optional<Tensor> grad_scale,
+                std::vector<double> threshold, std::vector<int64_t> seed,
+                std::vector<int64_t> start, int64_t draw, double momentum, double dampening,
+                double weight_decay, bool nesterov, bool maximize) {
+  const char* op = "masked_sgd_";
+  if (nesterov && !(momentum > 0)) refuse(op, ": nesterov needs momentum > 0, got ", momentum);
+  const UpdateArguments a = {op,  param, grad,       state,     step, master, frozen,
+                             row, lr,    grad_scale, threshold, seed, start,  draw};
+  const UpdateScalars scalar = update_scalars(a, 0, maximize);
+  const auto run = [&](const UpdateList& list) {
+    const MaskedSgdParams params = {.list = list,
+                                    .lr = 0,
+                                    .scale = 1,
+                                    .momentum = float(momentum),
+                                    .weight_decay = float(weight_decay),
+                                    .undamped = float(1 - dampening),
+                                    .nesterov = nesterov};
+    launch(op, lr, params, &cuda::masked_sgd);
+  };
+  UpdateCall(a, momentum != 0, false).run(run, scalar);
+}
+
+void masked_adam(Tensors param, Tensors grad, Tensors state, Tensors step, Tensors master,
+                 Tensors frozen, Tensors row, Tensor lr, std::optional<Tensor> grad_scale,
+                 std::vector<double> threshold, std::vector<int64_t> seed,
+                 std::vector<int64_t> start, int64_t draw, double beta1, double beta2, double eps,
+                 double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
+  const char* op = "masked_adam_";
+  const UpdateArguments a = {op,  param, grad,       state,     step, master, frozen,
+                             row, lr,    grad_scale, threshold, seed, start,  draw};
+  const UpdateScalars scalar = update_scalars(a, decoupled ? weight_decay : 0, maximize);
+  const auto run = [&](const UpdateList& list) {
+    const MaskedAdamParams params = {.list = list,
+                                     .lr = 0,
+                                     .beta1 = beta1,
+                                     .beta2 = beta2,
+                                     .scale = 1,
+                                     .eps = float(eps),
+                                     .weight_decay = decoupled ? 0.f : float(weight_decay),
+                                     .keep = 1,
+                                     .amsgrad = amsgrad};
+    launch(op, lr, params, &cuda::masked_adam);
+  };
+  UpdateCall(a, amsgrad ? 3 : 2, true).run(run, scalar);
+}
+
+void masked_lion(Tensors param, Tensors grad, Tensors state, Tensors step, Tensors master,
+                 Tensors frozen, Tensors row, Tensor lr, std::optional<Tensor> grad_scale,
+                 std::vector<double> threshold, std::vector<int64_t> seed,
+                 std::vector<int64_t> start, int64_t draw, double beta1, double beta2,
+                 double weight_decay, bool maximize) {
+  const char* op = "masked_lion_";
+  const UpdateArguments a = {op,  param, grad,       state,     step, master, frozen,
+                             row, lr,    grad_scale, threshold, seed, start,  draw};
+  const UpdateScalars scalar = update_scalars(a, weight_decay, maximize);
+  const auto run = [&](const UpdateList& list) {
+    const MaskedLionParams params = {.list = list,
+                                     .lr = 0,
+                                     .scale = 1,
+                                     .keep = 1,
+                                     .beta1 = float(beta1),
+                                     .beta2 = float(beta2),
+                                     .rest1 = float(1 - beta1),
+                                     .rest2 = float(1 - beta2)};
+    launch(op, lr, params, &cuda::masked_lion);
+  };
+  UpdateCall(a, 1, false).run(run, scalar);
+}
+
 }  // namespace
 }  // namespace gose
 
 STABLE_TORCH_LIBRARY_IMPL(gose_native, CUDA, m) {
   m.impl("combine", TORCH_BOX(&gose::combine));
   m.impl("combine_backward", TORCH_BOX(&gose::combine_backward));
+  m.impl("dequantize_at", TORCH_BOX(&gose::dequantize_at));
   m.impl("dispatch", TORCH_BOX(&gose::dispatch));
   m.impl("entropy", TORCH_BOX(&gose::entropy));
   m.impl("entropy_backward", TORCH_BOX(&gose::entropy_backward));
+  m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
+  m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
+  m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
+  m.impl("quantize_at", TORCH_BOX(&gose::quantize_at));
 }

@@ -64,6 +64,7 @@ struct FlatMask {
   std::vector<uint8_t> wide;  // or this does
   const uint8_t* value = nullptr;
   int64_t inner = 1;
+  bool is_spread = false;
 };
 
 // Values of one index of each dimension before `d`, each written as often as it serves.
@@ -82,6 +83,19 @@ inline uint8_t* spread(const std::vector<int64_t>& own, const std::vector<int64_
       std::memcpy(out, first, bytes);
     }
   }
+  return out;
+}
+
+// The same on the tensor's device: a copy of a broadcast view.
+inline Tensor spread_there(const Tensor& mask, const std::vector<int64_t>& own,
+                           const std::vector<int64_t>& size) {
+  std::vector<int64_t> from, to;
+  for (size_t d = 0; d < own.size(); ++d) {
+    from.insert(from.end(), {own[d], 1});
+    to.insert(to.end(), {own[d], d + 1 == own.size() ? 1 : size[d] / own[d]});
+  }
+  Tensor out = torch::stable::new_empty(mask, to, mask.scalar_type());
+  torch::stable::copy_(out, torch::stable::view(mask, from));
   return out;
 }
 
@@ -104,6 +118,12 @@ inline FlatMask flat_mask(const Tensor& frozen, const Tensor& tensor) {
   if (own.empty()) return out;
   out.inner *= size.back() / own.back();
   if (std::equal(own.begin(), own.end() - 1, size.begin())) return out;
+  out.is_spread = true;
+  if (frozen.is_cuda()) {
+    out.kept = spread_there(out.kept, own, size);
+    out.value = static_cast<const uint8_t*>(out.kept.const_data_ptr());
+    return out;
+  }
   const int64_t value_bytes = frozen.scalar_type() == ScalarType::Float ? 4 : 1;
   out.wide.resize(tensor.numel() / out.inner * value_bytes);
   const uint8_t* from = out.value;
@@ -123,13 +143,18 @@ struct UpdateArguments {
   int64_t draw;
 };
 
-// lr or grad_scale.
-inline double scalar_of(const char* op, const char* name, const Tensor& t) {
+// lr or grad_scale; whether it is float64.
+inline bool check_scalar(const char* op, const char* name, const Tensor& t) {
   const bool narrow = t.scalar_type() == ScalarType::Float;
   if (t.dim() != 0 || !(narrow || t.scalar_type() == ScalarType::Double)) {
     refuse(op, ": ", name, " must be a float32 or float64 tensor of shape (), got ",
            dtype_name(t.scalar_type()), " of shape ", shape_of(t));
   }
+  return !narrow;
+}
+
+inline double scalar_of(const char* op, const char* name, const Tensor& t) {
+  const bool narrow = !check_scalar(op, name, t);
   return narrow ? double(*static_cast<const float*>(t.const_data_ptr()))
                 : *static_cast<const double*>(t.const_data_ptr());
 }
@@ -200,6 +225,7 @@ inline void check_counts(const UpdateArguments& a, size_t num_states, bool count
 // Slots in [-1, slots).
 inline void check_row(const char* op, size_t n, const Tensor& row, int64_t units, int64_t slots) {
   check_like(op, at_index("row", n), row, ScalarType::Int, {units});
+  if (row.is_cuda()) return;  // trusted: looking would wait for the device
   const Tensor own = torch::stable::contiguous(row);
   const int32_t* slot = static_cast<const int32_t*>(own.const_data_ptr());
   int32_t lowest = -1, highest = -1;
@@ -256,14 +282,15 @@ class UpdateCall {
 
   // run(list) for the whole call; a tensor that stands in it twice makes its steps one by one.
   template <class Run>
-  void run(const Run& run) {
+  void run(const Run& run, const UpdateScalars& scalar = {}) {
     const bool half = !a_.param.empty() && a_.param[0].scalar_type() == ScalarType::BFloat16;
     UpdateList list = {tensor_.data(),
                        int64_t(tensor_.size()),
                        grain_,
                        a_.draw,
                        half ? DType::kBFloat16 : DType::kFloat32,
-                       half && !a_.seed.empty()};
+                       half && !a_.seed.empty(),
+                       scalar};
     if (!repeats_) {
       run(list);
     } else {
@@ -297,7 +324,7 @@ class UpdateCall {
     if (!a_.frozen.empty()) {
       masks_.push_back(set_mask(op, n, "param", p, a_.frozen[n], t));
       mask_shape = count_shape(a_.frozen[n], p);
-      wide = !masks_.back().wide.empty();
+      wide = masks_.back().is_spread;
     }
     if (!a_.threshold.empty()) t.threshold = float(a_.threshold[n]);
     std::vector<int64_t> state_shape = shape;

@@ -318,6 +318,7 @@ inline void check_gradient(const char* op, const char* name, const std::optional
 struct MlpGradients {
   std::optional<Tensor> up, down;  // written where given
   bool need_x, need_weight, need_bias_up, need_bias_down;
+  bool add;  // up and down, to what is there
 };
 
 // Gradients of x, weight, bias_up and bias_down, [0] where they are not needed.
@@ -373,9 +374,9 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> run_expert_mlp_backward(
       .grad_x = data(wanted.need_x, grad_x),
       .grad_weight = static_cast<float*>(data(wanted.need_weight, grad_weight)),
       .grad_up = {wanted.up ? wanted.up->mutable_data_ptr() : nullptr, transposed ? call.D : call.H,
-                  transposed ? call.H : call.D},
+                  transposed ? call.H : call.D, wanted.add},
       .grad_down = {wanted.down ? wanted.down->mutable_data_ptr() : nullptr,
-                    transposed ? call.F : call.D, transposed ? call.D : call.F},
+                    transposed ? call.F : call.D, transposed ? call.D : call.F, wanted.add},
       .grad_bias_up = data(wanted.need_bias_up, grad_bias_up),
       .grad_bias_down = data(wanted.need_bias_down, grad_bias_down),
       .scratch = nullptr,
@@ -468,7 +469,7 @@ inline Tensor run_grouped_gemm(const Tensor& x_ND, const MlpWeights& weights,
 // Gradient of the bias ([0] without one); that of the weights goes to grad_w.
 inline Tensor run_grouped_gemm_backward(const Tensor& grad_NF, const Tensor& x_ND,
                                         const Tensor& offset_E1, const Tensor& grad_w,
-                                        bool transposed, bool bias, int64_t num_threads,
+                                        bool transposed, bool bias, bool add, int64_t num_threads,
                                         const cpu::Parallel& threads) {
   const char* op = "grouped_gemm_backward";
   const DType dtype = float_dtype(op, "grad_NF", grad_NF);
@@ -492,7 +493,7 @@ inline Tensor run_grouped_gemm_backward(const Tensor& grad_NF, const Tensor& x_N
       .grad = grad.const_data_ptr(),
       .x = x.const_data_ptr(),
       .offset = static_cast<const int32_t*>(offset.const_data_ptr()),
-      .grad_w = {grad_w.mutable_data_ptr(), M, C},
+      .grad_w = {grad_w.mutable_data_ptr(), M, C, add},
       .grad_bias = bias ? grad_bias.mutable_data_ptr() : nullptr,
       .scratch = nullptr,
       .scratch_bytes = nullptr,

@@ -136,12 +136,19 @@ struct UpdateTensor {  // one entry of the lists; all tensors are contiguous
   bool step_by_mask;
 };
 
+struct UpdateScalars {  // numbers that stay on the device, for kernels there
+  const void *lr = nullptr, *grad_scale = nullptr;  // float or double; grad_scale nullptr = 1
+  double decay = 0;                                 // decoupled weight decay
+  bool lr_is_double = false, grad_scale_is_double = false, maximize = false;
+};
+
 struct UpdateList {
   const UpdateTensor* tensor;  // [count]
   int64_t count, grain;        // grain: chunks that are worth a thread
   int64_t draw;                // step number of the draws
   DType dtype;                 // of param and grad: float32 or bfloat16
   bool stochastic;             // bfloat16 without master: rounded by draws, else to nearest
+  UpdateScalars scalar = {};   // CUDA: in the place of lr, scale and keep below
 };
 
 struct MaskedSgdParams {  // the formulas are in gose_kernels/ops/masked_update.py
@@ -194,11 +201,12 @@ struct CodeFormat {
   float max_scale;
 };
 
-struct QuantizeParams {   // the formulas are in gose_kernels/ops/quantize.py
-  const void* x;          // [P] dtype
-  const float* residual;  // [P] or nullptr
-  const uint8_t* frozen;  // [P / inner] or nullptr
-  const int64_t* start;   // [units], of LiveParams; nullptr without frozen
+struct QuantizeParams {            // the formulas are in gose_kernels/ops/quantize.py
+  const void* x;                   // [P] dtype
+  const float* residual;           // [P] or nullptr
+  const uint8_t* frozen;           // [P / inner] or nullptr
+  const int64_t* start;            // [units], of LiveParams; nullptr without frozen
+  const int64_t* place = nullptr;  // [L] flat indices of the live elements: what GPUs take instead
   uint8_t* code;
   void* scale;
   float* left;   // [P], zeroed where frozen; nullptr without residual
@@ -213,9 +221,10 @@ struct QuantizeParams {   // the formulas are in gose_kernels/ops/quantize.py
 struct DequantizeParams {
   const uint8_t* code;
   const void* scale;
-  const uint8_t* frozen;  // [P / inner] or nullptr
-  const int64_t* start;   // [units]
-  float* out;             // [P], zeroed where frozen, or added to
+  const uint8_t* frozen;           // [P / inner] or nullptr
+  const int64_t* start;            // [units]
+  const int64_t* place = nullptr;  // [L] as in QuantizeParams, -1 = no element
+  float* out;                      // [P], zeroed where frozen, or added to
   int64_t P, L, inner;
   float weight;
   bool add;
@@ -279,6 +288,7 @@ struct ExpertMlpParams {    // out[t] = sum_k weight[t, k] * down(act(up(x[t])))
 struct WeightGradParams {
   void* out = nullptr;  // null: not wanted
   int64_t M, C;
+  bool add;  // to what is there; what would get 0 is not touched
 };
 
 struct ExpertMlpBackwardParams {

@@ -61,6 +61,13 @@ GOSE_HOST_DEVICE uint32_t philox_lane(const PhiloxBlock& block, int j) {
   return (block.word[j >> 1] >> ((j & 1) * 16)) & 0xFFFFu;
 }
 
+// The same without an array in memory, for a j that no compiler knows.
+GOSE_HOST_DEVICE uint32_t philox_draw(const PhiloxBlock& block, int j) {
+  const uint32_t low = j & 2 ? block.word[1] : block.word[0];
+  const uint32_t high = j & 2 ? block.word[3] : block.word[2];
+  return (j & 4 ? high : low) >> (j & 1) * 16 & 0xFFFFu;
+}
+
 // In (0, 1); both operations are exact in float32.
 GOSE_HOST_DEVICE float philox_uniform(uint32_t lane) {
   return (float(lane) + 0.5f) * (1.0f / 65536.0f);

@@ -67,18 +67,14 @@ class ScratchPool {
                                             [](Buffer a, Buffer b) { return a.bytes < b.bytes; });
       if (largest != free_.end()) {
         held_ -= largest->bytes;
-        free(largest->data);
+        drop(*largest);
         free_.erase(largest);
       }
     }
-    constexpr int64_t kPage = int64_t{1} << 21;
-    const int64_t rounded = bytes < kPage ? (bytes + 4095) / 4096 * 4096
-                                          : (bytes + bytes / 8 + kPage - 1) / kPage * kPage;
-    void* data = nullptr;
-    if (posix_memalign(&data, size_t(rounded < kPage ? 4096 : kPage), size_t(rounded)) != 0) {
-      throw std::bad_alloc();
-    }
-    advise_huge_pages(data, rounded);
+    const int64_t rounded = bytes < kHuge ? (bytes + 4096) / 4096 * 4096
+                                          : (bytes + bytes / 8 + kHuge - 1) / kHuge * kHuge;
+    void* data = rounded < kHuge ? aligned_alloc(4096, size_t(rounded)) : map(rounded);
+    if (data == nullptr) throw std::bad_alloc();
     // Under AddressSanitizer a call may touch the bytes it asked for, while it has them.
     ASAN_POISON_MEMORY_REGION(static_cast<char*>(data) + bytes, rounded - bytes);
     return {static_cast<char*>(data), rounded};
@@ -94,7 +90,7 @@ class ScratchPool {
       held_ += buffer.bytes;
       return;
     }
-    free(buffer.data);
+    drop(buffer);
   }
 
   int64_t held() const { return held_; }
@@ -105,9 +101,31 @@ class ScratchPool {
   }
 
  private:
+  static constexpr int64_t kHuge = int64_t{1} << 21;
+
+  // On whole huge pages; null where there is no memory. From the system, not from malloc: what is
+  // dropped goes back at once, however the heap is tuned.
+  static void* map(int64_t bytes) {
+    const auto at = [](void* p, int64_t offset) { return static_cast<char*>(p) + offset; };
+    void* data = mmap(nullptr, size_t(bytes + kHuge), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) return nullptr;
+    const int64_t before = int64_t(-uintptr_t(data) & uintptr_t(kHuge - 1));
+    if (before > 0) munmap(data, size_t(before));
+    if (before < kHuge) munmap(at(data, before + bytes), size_t(kHuge - before));
+    advise_huge_pages(at(data, before), bytes);
+    return at(data, before);
+  }
+
+  static void drop(Buffer buffer) {
+    ASAN_UNPOISON_MEMORY_REGION(buffer.data, buffer.bytes);
+    if (buffer.bytes < kHuge) return free(buffer.data);
+    munmap(buffer.data, size_t(buffer.bytes));
+  }
+
   void drop_last() {
     held_ -= free_.back().bytes;
-    free(free_.back().data);
+    drop(free_.back());
     free_.pop_back();
   }
 

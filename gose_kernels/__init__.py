@@ -17,6 +17,7 @@ from gose_kernels import (
 )
 from gose_kernels.living import Adapter, LivingExperts, LoraExperts, read_peft, upcycle
 from gose_kernels.moe import MoE, RouteStats
+from gose_kernels.ops import accumulate as _accumulate  # noqa: F401 - registers its ops
 from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.distill_loss import distill_loss
@@ -44,6 +45,7 @@ from gose_kernels.packing import (
     unpack_experts,
 )
 from gose_kernels.registry import OPS, Backend, Cost, Op, explain
+from gose_kernels.tuning import tune
 
 __all__ = [
     "FORMATS",
@@ -91,6 +93,7 @@ __all__ = [
     "read_peft",
     "route",
     "squared_grad",
+    "tune",
     "unpack_experts",
     "upcycle",
 ]

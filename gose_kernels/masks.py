@@ -189,3 +189,15 @@ def common_shape(a: Sequence[int], b: Sequence[int], shape: Sequence[int]) -> tu
     """The coarsest shape that masks of the shapes a and b of a parameter can both be spread to."""
     pairs = zip(a, b, shape, strict=True)
     return unit_shape([x if x == y or y == 1 else y if x == 1 else s for x, y, s in pairs], shape)
+
+
+def places(frozen: Tensor, shape: torch.Size, size: int | None = None) -> Tensor:
+    """Flat indices of the elements of `shape` that are not frozen, int64 and ascending.
+
+    Their number is that of these elements: on a GPU that waits for it. With `size` it is that,
+    filled up with -1, and nothing waits.
+    """
+    live = ~frozen.expand(shape).reshape(-1)
+    if size is None:
+        return live.nonzero().view(-1)
+    return torch.nonzero_static(live, size=size).view(-1)

@@ -3,14 +3,16 @@
 The gradient of a mixture of experts is hundreds of megabytes: to map, zero and unmap it page by
 page at every step costs more than the arithmetic. `take` gives out the memory of a gradient that
 nobody holds any more (`zero_grad(set_to_none=True)`, torch's default, lets go of it), else new
-memory.
+memory. Within `fused_grad_accumulation()` later micro-batches add to the first one's gradient and
+make none of their own.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ _MOST_IDLE = 4  # blocks of other sizes that may lie idle
 
 _blocks: list[Tensor] = []
 _lock = threading.Lock()
+
+
+_fusing = 0  # contexts that are entered
 
 
 class Held(NamedTuple):
@@ -50,6 +55,56 @@ def take(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             block = torch.empty(size, dtype=torch.uint8)
             _blocks.append(block)
         return block.view(dtype).view(shape)
+
+
+@contextmanager
+def fused_grad_accumulation() -> Iterator[None]:
+    """Within it, `backward()` adds the gradients of expert weights to their `.grad` in the kernel
+    that makes them, with one rounding: no second gradient is made, experts without tokens and what
+    is frozen are neither read nor written.
+
+        for batch in micro_batches:
+            with gk.memory.fused_grad_accumulation():
+                loss(batch).backward()
+
+    On the CPU. Without a `.grad` (the first micro-batch), with hooks on the weights, with
+    create_graph=True or under torch.compile gradients take their usual way. For `backward()` alone:
+    a call of `torch.autograd.grad` within it would change `.grad` and find no gradient. Holds for
+    every thread of the process. The name and idea are Megatron-LM's gradient accumulation fusion.
+    """
+    global _fusing
+    with _lock:
+        _fusing += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _fusing -= 1
+
+
+def gradients_to_add_to(
+    weights: Sequence[Tensor], needed: Sequence[bool], backend: str | None
+) -> list[Tensor | None] | None:
+    """`.grad` of every weight that needs a gradient; None if one of them must have its own, or the
+    backend cannot add."""
+    if not _fusing or torch.is_grad_enabled() or not any(needed):
+        return None
+    if backend not in (None, "cpu", "torch") or any(w.device.type != "cpu" for w in weights):
+        return None
+    found: list[Tensor | None] = []
+    for w, need in zip(weights, needed, strict=True):
+        grad = w.grad if need and w.is_leaf else None
+        hooks = w._backward_hooks or getattr(w, "_post_accumulate_grad_hooks", None)
+        if need and (
+            grad is None
+            or hooks
+            or (grad.dtype, grad.shape) != (w.dtype, w.shape)
+            or not grad.is_contiguous()
+            or type(grad) is not Tensor
+        ):
+            return None
+        found.append(grad)
+    return found
 
 
 def held() -> Held:

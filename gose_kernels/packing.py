@@ -37,12 +37,13 @@ class _Call(NamedTuple):
     """What calls that differ in nothing but their other tensors run, while the weights stand."""
 
     run: Callable[..., Any]
-    versions: tuple[int | None, ...]  # None: torch does not count
-    weights: tuple[weakref.ref[Tensor], ...]
+    kinds: tuple[type, ...]  # of every argument
+    weights: tuple[tuple[int, int, int | None], ...]  # place, id, version (None: not counted)
+    watched: tuple[weakref.ref[Tensor], ...]
 
 
 _copies: dict[tuple[object, ...], Packed] = {}
-_calls: dict[tuple[object, ...], _Call] = {}  # by op, id of every weight, options
+_calls: dict[tuple[object, ...], _Call] = {}  # by op, id of the first weight, options
 _lock = threading.RLock()  # reentrant: garbage collection may run `gone` wherever it is held
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # DType of csrc/params.h
@@ -100,50 +101,58 @@ def _drop(key: tuple[object, ...]) -> None:
 
 def learn_call(
     op: str,
-    weights: Sequence[Tensor],
+    weights: Sequence[int],
+    args: tuple[Any, ...],
     options: dict[str, Any],
     run: Callable[..., Any],
     copies: Sequence[Packed],
 ) -> None:
-    """Let `repeat_call` run later calls of an op with these very weights and equal options.
+    """Let `repeating(op, weights[0])` run later calls with these very weights and equal options.
 
-    copies   what was packed of the weights, in their order
+    weights  their places among the arguments
+    copies   what was packed of them, in their order
     """
-    key = (op, *map(id, weights), *options.items())
+    kinds = tuple(map(type, args))
+    if not _PLAIN.issuperset(kinds):
+        return
+    key = (op, id(args[weights[0]]), *options.items())
 
     def gone(_: object) -> None:
         _calls.pop(key, None)
 
-    counted = [not w.is_inference() for w in weights]
     versions = [version for copy in copies for version in copy.versions]
-    call = _Call(
-        run,
-        tuple(v if count else None for v, count in zip(versions, counted, strict=True)),
-        tuple(weakref.ref(w, gone) for w in weights),
-    )
+    found = [
+        (at, id(args[at]), None if args[at].is_inference() else version)
+        for at, version in zip(weights, versions, strict=True)
+    ]
+    watched = tuple(weakref.ref(args[at], gone) for at in weights)
     with _lock:
         if len(_calls) >= _MOST_CALLS:
             _calls.clear()
-        _calls[key] = call
+        _calls[key] = _Call(run, kinds, tuple(found), watched)
 
 
-def repeat_call(
-    op: str, weights: Sequence[Any], args: tuple[Any, ...], options: dict[str, Any]
-) -> Any | None:
-    """The result of a call that is like one of `learn_call`; None if it is not or was refused."""
-    try:
-        call = _calls.get((op, *map(id, weights), *options.items()))
-        if call is None:
+def repeating(op: str, first: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any | None]:
+    """The result of a call that is like one of `learn_call`; None if it is not or was refused.
+
+    One function that touches little: in a model nothing of it is in the caches any more, and each
+    object or function that is not costs a layer of one token as much as 10 KB of its weights.
+    """
+
+    def again(args: tuple[Any, ...], options: dict[str, Any]) -> Any | None:
+        try:
+            call = _calls.get((op, id(args[first]), *options.items()))
+            if call is None or tuple(map(type, args)) != call.kinds:
+                return None
+            for at, identity, version in call.weights:
+                w = args[at]
+                if id(w) != identity or (version is not None and w._version != version):
+                    return None
+            return call.run(*args)
+        except (IndexError, RuntimeError, TypeError):  # given by name, refused, a list has no hash
             return None
-        for w, version in zip(weights, call.versions, strict=True):
-            if version is not None and w._version != version:
-                return None
-        for a in args:
-            if type(a) not in _PLAIN:
-                return None
-        return call.run(*args)
-    except (RuntimeError, TypeError):  # TypeError: a list has no hash
-        return None
+
+    return again
 
 
 def numbers_then(x_TD: Tensor, weights: Sequence[Tensor]) -> Tensor:

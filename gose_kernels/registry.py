@@ -24,7 +24,7 @@ from torch._C import (
 )
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from gose_kernels import native as native_library
@@ -180,11 +180,11 @@ def native(
 
     def run(*args: Any, **options: Any) -> Any:
         try:
-            if not isinstance(op, str):
-                return op(*args, **options)
-            if not found:
+            if isinstance(op, str) and not found:
                 found.append(getattr(torch.ops.gose_native, op).default._op)
-            if pack is None:
+            if not isinstance(op, str):
+                out = op(*args, **options)
+            elif pack is None:
                 out = found[0](*args, *options.values())
             else:
                 out = found[0](pack(**options), *args)
@@ -221,10 +221,12 @@ def triton(
     *dtypes: torch.dtype,
     check: Callable[..., None] | None = None,
     unless: Callable[..., str | None] | None = None,
+    writes: tuple[int, ...] = (),
 ) -> Backend:
     """The launcher `gose_kernels.triton.<module>.<op>`, imported when first run.
 
     A launcher trusts its arguments: `check(*args, **options)` raises what does not fit together.
+    `unless` and `writes` are those of `native`.
     """
 
     def why_not(*args: Any, **options: Any) -> str | None:
@@ -239,7 +241,10 @@ def triton(
         if check is not None:
             check(*args, **options)
         launcher = getattr(importlib.import_module(f"gose_kernels.triton.{module}"), op)
-        return launcher(*args, **options)
+        out = launcher(*args, **options)
+        if writes:
+            torch.autograd.graph.increment_version(_tensors(args[i] for i in writes))
+        return out
 
     return Backend("triton", run, why_not, by_dtype=unless is None)
 
@@ -432,7 +437,7 @@ class Op:
         return lambda args, options: run(*args, *tail, **{**self._options, **options})
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        if is_compiling():
+        if is_dynamo_compiling():
             return self.overload(*args, **options)
         if options and options.get("backend", "") is None:
             del options["backend"]

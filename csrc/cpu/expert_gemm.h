@@ -56,13 +56,13 @@ constexpr int64_t kSlotBytes = int64_t{32} << 20;
 
 // Columns of D that a pass makes; whole panels. Weights that are packed as they are read come in
 // pieces of rows this wide: at 256 columns the backward took 5 % longer than at 1024.
-inline int64_t columns_of_pass(int64_t rows, int64_t D) {
-  const int64_t fitting = kSlotBytes / 4 / most(rows, 1) / kPanel * kPanel;
+inline int64_t columns_of_pass(int64_t rows, int64_t D, int64_t bytes = kSlotBytes) {
+  const int64_t fitting = bytes / 4 / most(rows, 1) / kPanel * kPanel;
   return least(D, most(fitting, 16 * kPanel));
 }
 
 // Weights that a thread packs at a time: a part of the last-level cache.
-constexpr int64_t kRunBytes = int64_t{4} << 20;
+constexpr int64_t kRunBytes = int64_t{2} << 20;
 
 constexpr int64_t kItemsPerThread = 32;
 inline int64_t items_at_most(int64_t E, int64_t threads, int64_t panels, int64_t panel_bytes) {

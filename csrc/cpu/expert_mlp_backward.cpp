@@ -41,7 +41,8 @@ struct Layout {
     grad_pre = round_up(parts + rows * panels_f * 4, 64);
     a = grad_pre + rows * stride_pre;
     slots = a + rows * stride_a;
-    columns = columns_of_pass(rows, p.D);
+    // Beside d(pre) they are the largest scratch of a step: no more than that.
+    columns = columns_of_pass(rows, p.D, least(kSlotBytes / 2, rows * stride_pre));
     bytes = slots + (p.grad_x != nullptr ? rows * columns * 4 : 0);
   }
 };

@@ -2,7 +2,8 @@
 //
 // The micro-kernel multiplies with K along the rows of an expert: its A is a block of columns of
 // `left`, turned, its panels are 32 columns of `right`. Every element of a gradient is written
-// once, past the caches where the gradient is larger than they are.
+// once, past the caches where the gradient is larger than they are and is not added to what is
+// there.
 #pragma once
 
 #include "expert_gemm.h"
@@ -183,13 +184,15 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
   if (g.to.C == 0) return;
   Float* out = static_cast<Float*>(g.to.out) + (e * g.to.M + m) * g.to.C;
   if (rows == 0 || (g.frozen_e != nullptr && g.frozen_e[e])) {
-    std::memset(static_cast<void*>(out), 0, count * g.to.C * sizeof(Float));
+    if (!g.to.add) std::memset(static_cast<void*>(out), 0, count * g.to.C * sizeof(Float));
     return;
   }
   const int64_t stride = row_stride(K, g.micro->bf16_rows ? 2 : 4);
   turn<Float>(g.left, first, rows, K, m, m + count, g.micro->bf16_rows, scratch, stride);
   char* panel = scratch + round_up(count, kLanes) * stride;
   const int64_t pieces = ceil_div(count, g.micro->rows);
+  // What is added to is a line or two of every row: far apart, so fetched two dozen tiles before.
+  const int64_t ahead = kPanel * ceil_div(24, pieces);
   alignas(64) float sums[kMostRows * kPanel];
   for (int64_t c = 0; c < g.to.C; c += kPanel) {
     const int64_t columns = least(kPanel, g.to.C - c);
@@ -198,25 +201,41 @@ inline void weight_grad_block(const WeightGrad& g, int64_t e, int64_t m, int64_t
     for (int64_t i = 0; i < pieces; ++i) {
       const int64_t from = count * i / pieces, to = count * (i + 1) / pieces;
       const bool zero = none || g.left_frozen.all(e, m + from, m + to);
+      if (zero && g.to.add) continue;
+      for (int64_t r = from; g.to.add && c + ahead < g.to.C && r < to; ++r) {
+        const Float* next = out + r * g.to.C + c + ahead;
+        __builtin_prefetch(next, 1);
+        if (sizeof(Float) == 4) __builtin_prefetch(next + kPanel / 2, 1);
+      }
       if (!zero) {
         g.micro->run(scratch + from * stride, stride, int32_t(to - from), panel, K, sums, nullptr,
                      0);
       }
-      const bool whole = past_caches && columns == kPanel && !zero &&
-                         g.left_frozen.frozen_ef == nullptr && g.right_frozen.frozen_ef == nullptr;
+      const bool whole = columns == kPanel && !zero && g.left_frozen.frozen_ef == nullptr &&
+                         g.right_frozen.frozen_ef == nullptr;
       for (int64_t r = 0; r < to - from; ++r) {
         Float* at = out + (from + r) * g.to.C + c;
-        if (whole) {
-          for (int64_t v = 0; v < kPanel; v += kLanes) stream(at + v, load(sums + r * kPanel + v));
+        const float* sum_r = sums + r * kPanel;
+        if (whole && g.to.add) {
+          for (int64_t v = 0; v < kPanel; v += kLanes)
+            store(at + v, load(at + v) + load(sum_r + v));
           continue;
         }
-        Float line[kPanel] = {};
-        if (!zero && !g.left_frozen.at(e, m + from + r)) {
+        if (whole && past_caches) {
+          for (int64_t v = 0; v < kPanel; v += kLanes) stream(at + v, load(sum_r + v));
+          continue;
+        }
+        Float before[kPanel] = {}, line[kPanel] = {};
+        if (g.to.add) std::memcpy(static_cast<void*>(before), at, columns * sizeof(Float));
+        if (zero || g.left_frozen.at(e, m + from + r)) {
+          std::memcpy(static_cast<void*>(line), before, sizeof line);
+        } else {
           for (int64_t v = 0; v < kPanel; v += kLanes) {
-            store(line + v, load(sums + r * kPanel + v));
+            const vf sum = load(sum_r + v);
+            store(line + v, g.to.add ? load(before + v) + sum : sum);
           }
           for (int64_t v = 0; g.right_frozen.frozen_ef != nullptr && v < columns; ++v) {
-            if (g.right_frozen.at(e, c + v)) line[v] = Float{};
+            if (g.right_frozen.at(e, c + v)) line[v] = before[v];
           }
         }
         std::memcpy(static_cast<void*>(at), line, columns * sizeof(Float));

@@ -21,3 +21,5 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (x != x) return {0x7FFF};
   return {uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
 }
+
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }

@@ -20,3 +20,6 @@ inline __half __float2half_rn(float x) {
   std::memcpy(&out.bits, &value, sizeof(value));
   return out;
 }
+
+inline unsigned short __half_as_ushort(__half x) { return x.bits; }
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }

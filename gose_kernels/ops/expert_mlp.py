@@ -47,7 +47,8 @@ the order of `dispatch` and 0 from row offset[E] on. With the inputs it is all t
 `a` is made again, and the gate gradient comes from sum_f (w_down^T grad_out)[f] * a[f], not from y.
 
 expert_mlp_backward returns the gradients of x, weight, w_up, w_down, bias_up and bias_down. One
-without its `need_` has shape [0] and costs nothing.
+without its `need_` has shape [0] and costs nothing. expert_mlp_backward_add_ (ops/accumulate.py)
+adds those of the weights to what is there.
 Source: memory scheme of SonicMoE [arXiv 2512.14080]; swiglu_oai as in gpt-oss.
 """
 
@@ -72,7 +73,7 @@ from gose_kernels.packing import (
     numbers_then,
     packed_experts,
     path_of,
-    repeat_call,
+    repeating,
     unpack_experts,
 )
 from gose_kernels.quantized import WEIGHTS, check_weights
@@ -312,13 +313,13 @@ def expert_mlp_train_reference(*args: Any, **options: Any) -> tuple[Tensor, Tens
     return _forward(MlpCall(*args, **options), keep=True)
 
 
-def _bind_backward(args: Sequence[Any], options: dict[str, Any]) -> tuple[MlpCall, BackwardCall]:
+def bind_backward(args: Sequence[Any], options: dict[str, Any]) -> tuple[MlpCall, BackwardCall]:
     needs = {name: options[name] for name in BackwardCall._fields if name in options}
     others = {name: options[name] for name in options if name not in needs}
     return MlpCall(*args[:9], **others), BackwardCall(*args[9:], **needs)
 
 
-def _check_backward(call: MlpCall, back: BackwardCall) -> None:
+def check_backward(call: MlpCall, back: BackwardCall) -> None:
     _, H, _, D = check(call)
     _want_shape("pre_NH", back.pre_NH, call.expert_TK.numel(), H)
     _want_shape("grad_TD", back.grad_TD, call.x_TD.shape[0], D)
@@ -327,7 +328,7 @@ def _check_backward(call: MlpCall, back: BackwardCall) -> None:
         _want(dtype == call.x_TD.dtype, name, f"{call.x_TD.dtype} as x_TD", dtype)
 
 
-def _gradients(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]:
+def empty_gradients(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]:
     """Uninitialized gradients of x, weight, w_up, w_down, bias_up, bias_down; [0] if not needed."""
     E, H, _, D = check(call)
     shapes = (
@@ -356,9 +357,9 @@ def _unfrozen(call: MlpCall, e: int) -> tuple[Tensor | slice, Tensor | slice] | 
 
 
 def expert_mlp_backward_reference(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    call, back = _bind_backward(args, options)
-    _check_backward(call, back)
-    gradients = tuple(t.zero_() for t in _gradients(call, back))
+    call, back = bind_backward(args, options)
+    check_backward(call, back)
+    gradients = tuple(t.zero_() for t in empty_gradients(call, back))
     _, grad_weight_TK, grad_up, grad_down, grad_bias_up_EH, grad_bias_down_ED = gradients
     plan, dtype = _plan(call, call.w_up_EHD.shape[0]), call.x_TD.dtype
     used_TK = plan.row_TK >= 0
@@ -417,9 +418,9 @@ def _train_fake(*args: Any, backend: str | None = None, **options: Any) -> tuple
 
 
 def _backward_fake(*args: Any, backend: str | None = None, **options: Any) -> tuple[Tensor, ...]:
-    call, back = _bind_backward(args, options)
-    _check_backward(call, back)
-    return _gradients(call, back)
+    call, back = bind_backward(args, options)
+    check_backward(call, back)
+    return empty_gradients(call, back)
 
 
 def _setup_context(
@@ -434,20 +435,31 @@ def _setup_context(
     ctx.set_materialize_grads(False)
 
 
+_NEED_WEIGHTS = ("need_up", "need_down")
+
+
 def _backward(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     # torch leaves out trailing arguments that have their default.
     needs = (*ctx.needs_input_grad, *[False] * 9)[:9]
     if grad_TD is None:
         return (None,) * 9
-    wanted = [needs[i] for i in (0, 1, 3, 4, 5, 6)]
-    gradients = torch.ops.gose.expert_mlp_backward(
-        *ctx.saved_tensors,
-        grad_TD,
-        **ctx.options,
-        **dict(zip(BackwardCall._fields[2:], wanted, strict=True)),
+    saved, wanted = (
+        ctx.saved_tensors,
+        dict(zip(BackwardCall._fields[2:], [needs[i] for i in (0, 1, 3, 4, 5, 6)], strict=True)),
     )
+    up_and_down = wanted["need_up"], wanted["need_down"]
+    into = memory.gradients_to_add_to(saved[3:5], up_and_down, ctx.options.get("backend"))
+    if into is None:
+        gradients = torch.ops.gose.expert_mlp_backward(*saved, grad_TD, **ctx.options, **wanted)
+    else:
+        others = {name: need for name, need in wanted.items() if name not in _NEED_WEIGHTS}
+        x, weight, *biases = torch.ops.gose.expert_mlp_backward_add_(
+            *saved, grad_TD, *into, **ctx.options, **others
+        )
+        wanted |= dict.fromkeys(_NEED_WEIGHTS, False)
+        gradients = (x, weight, None, None, *biases)
     x, weight, up, down, bias_up, bias_down = (
-        g if need else None for g, need in zip(gradients, wanted, strict=True)
+        g if need else None for g, need in zip(gradients, wanted.values(), strict=True)
     )
     return x, weight, None, up, down, bias_up, bias_down, None, None
 
@@ -490,11 +502,11 @@ def _train_cost(*args: Any, **options: Any) -> Cost:
     return inference._replace(bytes=inference.bytes + kept)
 
 
-def _backward_cost(*args: Any, **options: Any) -> Cost:
+def backward_cost(*args: Any, **options: Any) -> Cost:
     """Every slot used, nothing frozen."""
-    call, back = _bind_backward(args, options)
+    call, back = bind_backward(args, options)
     _, H, F, D = check(call)
-    written = sum(g.numel() * g.element_size() for g in _gradients(call, back))
+    written = sum(g.numel() * g.element_size() for g in empty_gradients(call, back))
     read = (back.pre_NH.numel() + back.grad_TD.numel()) * call.x_TD.element_size()
     need_a = back.need_weight or back.need_pre
     products = (need_a + back.need_down) * F + (back.need_x + back.need_up) * H
@@ -521,22 +533,22 @@ def _packed_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]
     return x_TD, weight_TK, expert_TK, packed_EB, F
 
 
-def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     args = _example(device, dtype)
     pre_NH = torch.ones(args[2].numel(), args[3].shape[1], device=device, dtype=dtype)
     return (*args, None, None, None, None, pre_NH, torch.ones_like(args[0]))
 
 
-_TENSORS = (
+TENSORS = (
     "Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor w_up_EHD, Tensor w_down_EDF, "
     "Tensor? bias_up_EH{none}, Tensor? bias_down_ED{none}, "
     "Tensor? frozen_E{none}, Tensor? frozen_EF{none}"
 )
-_OPTIONS = (
+OPTIONS = (
     'str activation="swiglu", bool interleaved=False, bool transposed=False, '
     "float? limit=None, float alpha=1.702"
 )
-_ARGUMENTS = f"{_TENSORS.format(none='=None')}, *, {_OPTIONS}, str? backend=None"
+_ARGUMENTS = f"{TENSORS.format(none='=None')}, *, {OPTIONS}, str? backend=None"
 
 
 @lru_cache(maxsize=256)
@@ -607,17 +619,14 @@ def _cpu(*args: Any, **options: Any) -> Tensor:
     return out_TD
 
 
-def _again(args: tuple[Any, ...], options: dict[str, Any]) -> Any | None:
-    return repeat_call("expert_mlp", args[3:5], args, options)
-
-
 def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    call, weights = MlpCall(*args, **options), args[3:5]
+    call = MlpCall(*args, **options)
     packed = packed_of(call)
     assert packed is not None
-    numbers = torch.cat([numbers_of(call), numbers_then(call.x_TD, weights)])
+    then = numbers_then(call.x_TD, (call.w_up_EHD, call.w_down_EDF))
+    numbers = torch.cat([numbers_of(call), then])
     run = partial(torch.ops.gose_native.expert_mlp.default._op, numbers, packed.packed_EB)
-    learn_call("expert_mlp", weights, options, run, (packed,))
+    learn_call("expert_mlp", (3, 4), args, options, run, (packed,))
 
 
 def _cpu_train(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -625,18 +634,33 @@ def _cpu_train(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return out_TD, pre_NH
 
 
+def native_backward(
+    call: MlpCall,
+    back: BackwardCall,
+    grad_up: Tensor | None,
+    grad_down: Tensor | None,
+    *,
+    add: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, bias_up and bias_down; those of the weights go to the given tensors,
+    with `add` to what is there."""
+    others: tuple[Tensor, ...] = torch.ops.gose_native.expert_mlp_backward(
+        *(numbers_of(call), call.x_TD, call.weight_TK, call.expert_TK),
+        *(call.w_up_EHD, call.w_down_EDF, call.transposed),
+        *(call.bias_down_ED, call.frozen_E, call.frozen_EF),
+        *(back.pre_NH, back.grad_TD, grad_up, grad_down),
+        *(back.need_x, back.need_weight, back.need_bias_up, back.need_bias_down, add),
+    )
+    return others
+
+
 def _cpu_backward(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    call, back = _bind_backward(args, options)
-    _check_backward(call, back)
+    call, back = bind_backward(args, options)
+    check_backward(call, back)
     up, down = call.w_up_EHD, call.w_down_EDF
     grad_up = memory.take(up.shape, up.dtype) if back.need_up else None
     grad_down = memory.take(down.shape, down.dtype) if back.need_down else None
-    x, weight, bias_up, bias_down = torch.ops.gose_native.expert_mlp_backward(
-        *(numbers_of(call), call.x_TD, call.weight_TK, call.expert_TK, up, down, call.transposed),
-        *(call.bias_down_ED, call.frozen_E, call.frozen_EF),
-        *(back.pre_NH, back.grad_TD, grad_up, grad_down),
-        *(back.need_x, back.need_weight, back.need_bias_up, back.need_bias_down),
-    )
+    x, weight, bias_up, bias_down = native_backward(call, back, grad_up, grad_down, add=False)
     none = up.new_empty(0)
     return (
         x,
@@ -675,7 +699,7 @@ def _train(*args: Any, **options: Any) -> Tensor:
 
 expert_mlp = register(
     f"expert_mlp({_ARGUMENTS}) -> Tensor",
-    native("cpu", _cpu, *DTYPES, path=path_of, again=_again, learn=_learn),
+    native("cpu", _cpu, *DTYPES, path=path_of, again=repeating("expert_mlp", 3), learn=_learn),
     reference(expert_mlp_reference),
     fake=_fake,
     training=_train,
@@ -696,15 +720,15 @@ expert_mlp_train = register(
 )
 
 expert_mlp_backward = register(
-    f"expert_mlp_backward({_TENSORS.format(none='')}, Tensor pre_NH, Tensor grad_TD, *, "
-    f"{_OPTIONS}, bool need_x=True, bool need_weight=True, bool need_up=True, "
+    f"expert_mlp_backward({TENSORS.format(none='')}, Tensor pre_NH, Tensor grad_TD, *, "
+    f"{OPTIONS}, bool need_x=True, bool need_weight=True, bool need_up=True, "
     "bool need_down=True, bool need_bias_up=False, bool need_bias_down=False, "
     "str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     native("cpu", _cpu_backward, *DTYPES),
     reference(expert_mlp_backward_reference),
     fake=_backward_fake,
-    cost=_backward_cost,
-    example=_backward_example,
+    cost=backward_cost,
+    example=backward_example,
 )
 
 expert_mlp_packed = register(

@@ -79,7 +79,7 @@ def _check(
     return num_experts, hidden
 
 
-def _check_backward(grad_NF: Tensor, x_ND: Tensor, offset_E1: Tensor) -> None:
+def check_backward(grad_NF: Tensor, x_ND: Tensor, offset_E1: Tensor) -> None:
     name = "grouped_gemm_backward"
     if grad_NF.dim() != 2 or x_ND.dim() != 2 or grad_NF.shape[0] != x_ND.shape[0]:
         raise ValueError(
@@ -131,7 +131,7 @@ def grouped_gemm_backward_reference(
     bias: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the weights, in their layout, and of the bias."""
-    _check_backward(grad_NF, x_ND, offset_E1)
+    check_backward(grad_NF, x_ND, offset_E1)
     grad_w_EFD, grad_bias_EF = (
         t.zero_()
         for t in _backward_fake(grad_NF, x_ND, offset_E1, transposed=transposed, bias=bias)
@@ -172,12 +172,12 @@ def _cpu_backward(
     transposed: bool = False,
     bias: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_backward(grad_NF, x_ND, offset_E1)
+    check_backward(grad_NF, x_ND, offset_E1)
     num_experts, (hidden, width) = offset_E1.numel() - 1, (grad_NF.shape[1], x_ND.shape[1])
     shape = (num_experts, width, hidden) if transposed else (num_experts, hidden, width)
     grad_w_EFD = memory.take(shape, x_ND.dtype)
     grad_bias_EF = torch.ops.gose_native.grouped_gemm_backward(
-        grad_NF, x_ND, offset_E1, grad_w_EFD, transposed, bias
+        grad_NF, x_ND, offset_E1, grad_w_EFD, transposed, bias, False
     )
     return grad_w_EFD, grad_bias_EF
 
@@ -204,7 +204,7 @@ def _backward_fake(
     bias: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_backward(grad_NF, x_ND, offset_E1)
+    check_backward(grad_NF, x_ND, offset_E1)
     num_experts, hidden, width = offset_E1.numel() - 1, grad_NF.shape[1], x_ND.shape[1]
     shape = (num_experts, width, hidden) if transposed else (num_experts, hidden, width)
     return x_ND.new_empty(shape), x_ND.new_empty((num_experts, hidden) if bias else (0,))
@@ -228,7 +228,15 @@ def _backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_ND = torch.ops.gose.grouped_gemm(
             grad_NF, w_EFD, offset_E1, transposed=not transposed, backend=backend
         )
-    if needs_w or needs_bias:
+    into = memory.gradients_to_add_to((w_EFD,), (needs_w,), backend)
+    if into is not None:
+        grad_bias_EF = torch.ops.gose.grouped_gemm_backward_add_(
+            *(grad_NF, x_ND, offset_E1, *into),
+            transposed=transposed,
+            bias=needs_bias,
+            backend=backend,
+        )
+    elif needs_w or needs_bias:
         grad_w_EFD, grad_bias_EF = torch.ops.gose.grouped_gemm_backward(
             grad_NF, x_ND, offset_E1, transposed=transposed, bias=needs_bias, backend=backend
         )
@@ -281,7 +289,7 @@ def _cost(
     return Cost(rows, moved, 2 * rows * width * hidden)
 
 
-def _backward_cost(
+def backward_cost(
     grad_NF: Tensor,
     x_ND: Tensor,
     offset_E1: Tensor,
@@ -306,7 +314,7 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     )
 
 
-def _backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     x_ND, _, offset_E1 = _example(device, dtype)
     return torch.ones(x_ND.shape[0], 5, device=device, dtype=dtype), x_ND, offset_E1
 
@@ -332,6 +340,6 @@ grouped_gemm_backward = register(
     fake=_backward_fake,
     setup_context=_backward_setup_context,
     backward=_backward_of_backward,
-    cost=_backward_cost,
-    example=_backward_example,
+    cost=backward_cost,
+    example=backward_example,
 )

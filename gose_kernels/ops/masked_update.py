@@ -38,8 +38,10 @@ seed, draw    bfloat16 without master: with a seed per param, rounded up with th
 start         index of a param's first element in the whole tensor that it is a piece of; empty: 0
 
 Frozen elements are selected out, never multiplied by 0. Everything is computed in the dtype of
-the moments, except 1 - beta**step in float64. Empty lists and empty tensors are allowed; a live NaN
-spreads as in torch.optim. A momentum starts at zero, which is torch's first step without dampening.
+the moments, except 1 - beta**step in float64 (cuda: -expm1(step * log beta), within 2 units in the
+last place of float32). cuda and triton trust the slots of `row`: a check would sync. Empty lists
+and empty tensors are allowed; a live NaN spreads as in torch.optim. A momentum starts at zero,
+which is torch's first step without dampening.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ import torch
 from torch import Tensor
 
 from gose_kernels import masks, philox
-from gose_kernels.registry import Cost, Op, native, reference, register
+from gose_kernels.registry import Cost, Op, native, reference, register, triton
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 
@@ -363,6 +365,7 @@ def _unless(name: str) -> Callable[..., str | None]:
     return reason
 
 
+_WRITES = (0, 2, 3, 4)  # param, state, step, master
 _LISTS = (
     "(Tensor(a!)[] param, Tensor[] grad, Tensor(b!)[] state, Tensor(c!)[] step, "
     "Tensor(d!)[] master, Tensor[] frozen, Tensor[] row, Tensor lr, Tensor? grad_scale=None, *, "
@@ -376,6 +379,9 @@ def _register(
     """An op of the lists that all three share and options of its own."""
 
     def fake(*args: Any, backend: str | None = None, **given: Any) -> None:
+        _checked(name, args, given)
+
+    def check(*args: Any, **given: Any) -> None:
         _checked(name, args, given)
 
     def cost(*args: Any, **given: Any) -> Cost:
@@ -405,7 +411,9 @@ def _register(
 
     return register(
         f"{name}{_LISTS}{options}, str? backend=None) -> ()",
-        native("cpu", name, unless=_unless(name), writes=(0, 2, 3, 4)),
+        native("cuda", name, unless=_unless(name), writes=_WRITES),
+        triton("masked_update", name, check=check, unless=_unless(name), writes=_WRITES),
+        native("cpu", name, unless=_unless(name), writes=_WRITES),
         reference(run),
         fake=fake,
         cost=cost,

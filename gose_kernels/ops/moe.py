@@ -34,7 +34,7 @@ from gose_kernels.packing import (
     learn_call,
     numbers_then,
     packed_matrix,
-    repeat_call,
+    repeating,
 )
 from gose_kernels.registry import OPS, Cost, native, reference, register
 
@@ -153,22 +153,13 @@ def _cpu(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     return outputs
 
 
-def _weights(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    has_router = len(args) > 4 and args[4] is not None
-    return args[1:3] + args[4:5] if has_router else args[1:3]
-
-
-def _again(args: tuple[Any, ...], options: dict[str, Any]) -> Any | None:
-    return repeat_call("moe", _weights(args), args, options)
-
-
 def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
     if any(isinstance(value, list) for value in options.values()):
         return
     numbers, of_route, copies = _packed(MoeCall(*args), options)
-    weights = _weights(args)
-    then = torch.cat([numbers, numbers_then(args[0], weights)])
-    learn_call("moe", weights, options, _kernel(then, of_route, copies), tuple(copies))
+    weights = (1, 2, 4) if len(copies) > 1 else (1, 2)
+    then = torch.cat([numbers, numbers_then(args[0], [args[at] for at in weights])])
+    learn_call("moe", weights, args, options, _kernel(then, of_route, copies), tuple(copies))
 
 
 def _cost(*args: Any, **options: Any) -> Cost:
@@ -217,7 +208,7 @@ moe = register(
     'float? tau=None, int? capacity=None, str capacity_order="token", str? adaptive=None, '
     "float mass=0.9, float[] bands=[], float noise_std=0.0, str? backend=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    native("cpu", _cpu, *DTYPES, again=_again, learn=_learn),
+    native("cpu", _cpu, *DTYPES, again=repeating("moe", 1), learn=_learn),
     reference(moe_reference),
     fake=_layer,
     training=_layer,

@@ -32,8 +32,10 @@ multiplication by a reciprocal), so all backends give the same bytes. Hence |y -
 most scale / 2 (nearest) or scale (stochastic) plus the rounding of y / scale. |y| beyond qmax *
 65504 saturates in the float16 formats, and the residual keeps the rest.
 NaN or infinity in y raises on torch and cpu and makes the scale NaN on cuda and triton (a check
-would sync); a scale that is negative, NaN or infinite raises in the decoders on torch and cpu. Any
-code byte is valid: -128 and -8 never leave the encoder and decode as such. L = 0: empty outputs.
+would sync); a scale that is negative, NaN or infinite raises in the decoders on torch and cpu. On
+cuda and triton quantize waits for the device once where there is a mask, as the size of the code
+depends on it; the decoders trust that a mask has as many live elements as there are codes. Any code
+byte is valid: -128 and -8 never leave the encoder and decode as such. L = 0: empty outputs.
 """
 
 # ruff: noqa: A002 - `format` is what the schema and the wire call it
@@ -46,9 +48,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, float16, float32
 
-from gose_kernels import philox
+from gose_kernels import masks, philox
 from gose_kernels.masks import check_frozen
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 
 class Format(NamedTuple):
@@ -381,6 +383,116 @@ def _dequantize_add_cost(
     return Cost(num_live, moved, 3 * num_live)
 
 
+def _check_quantize_call(
+    x_P: Tensor,
+    residual_P: Tensor | None = None,
+    frozen_P: Tensor | None = None,
+    *,
+    format: str,
+    rounding: str,
+    seed: int,
+    step: int,
+) -> None:
+    _check_quantize(x_P, residual_P, frozen_P, format, rounding)
+
+
+def _check_trusted_sizes(
+    name: str, code: Tensor, scale: Tensor, form: Format, numel: int, masked: bool
+) -> None:
+    """What can be checked without counting a mask's live elements."""
+    if not masked:
+        _check_sizes(name, code, scale, form, numel)
+        return
+    most = code.numel() * 8 // form.bits
+    if most - numel >= 8 // form.bits or scale.numel() not in (
+        form.num_scales(most),
+        form.num_scales(max(0, most - 8 // form.bits + 1)),
+    ):
+        raise ValueError(
+            f"{name}: {numel} elements and their mask cannot have {code.numel()} code bytes and "
+            f"{scale.numel()} scales"
+        )
+
+
+def _check_dequantize_call(
+    code: Tensor, scale: Tensor, numel: int, frozen_P: Tensor | None = None, *, format: str
+) -> None:
+    form = _check_dequantize(code, scale, frozen_P, numel, format)
+    _check_trusted_sizes("dequantize", code, scale, form, numel, frozen_P is not None)
+
+
+def _check_dequantize_add_call(
+    acc_P: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    frozen_P: Tensor | None = None,
+    *,
+    format: str,
+    weight: float,
+) -> None:
+    form = _check_dequantize_add(acc_P, code, scale, frozen_P, format)
+    masked = frozen_P is not None
+    _check_trusted_sizes("dequantize_add_", code, scale, form, acc_P.numel(), masked)
+
+
+def _cuda_quantize(
+    x_P: Tensor,
+    residual_P: Tensor | None = None,
+    frozen_P: Tensor | None = None,
+    *,
+    format: str,
+    rounding: str,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_quantize(x_P, residual_P, frozen_P, format, rounding)
+    place_L = None if frozen_P is None else masks.places(frozen_P, x_P.shape)
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.gose_native.quantize_at(
+        x_P, residual_P, place_L, format, rounding == "stochastic", seed, step
+    )
+    return outputs
+
+
+def _cuda_decode(
+    out_P: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    frozen_P: Tensor | None,
+    form: Format,
+    format: str,
+    weight: float | None,
+) -> None:
+    place_L = None
+    if frozen_P is not None:
+        most = min(code.numel() * 8 // form.bits, scale.numel() * form.block)
+        place_L = masks.places(frozen_P, out_P.shape, most)
+    torch.ops.gose_native.dequantize_at(out_P, code, scale, place_L, format, weight)
+
+
+def _cuda_dequantize(
+    code: Tensor, scale: Tensor, numel: int, frozen_P: Tensor | None = None, *, format: str
+) -> Tensor:
+    _check_dequantize_call(code, scale, numel, frozen_P, format=format)
+    make = code.new_empty if frozen_P is None else code.new_zeros
+    out_P = make(numel, dtype=float32)
+    flat_P = None if frozen_P is None else frozen_P.reshape(-1)
+    _cuda_decode(out_P, code, scale, flat_P, FORMATS[format], format, None)
+    return out_P
+
+
+def _cuda_dequantize_add_(
+    acc_P: Tensor,
+    code: Tensor,
+    scale: Tensor,
+    frozen_P: Tensor | None = None,
+    *,
+    format: str,
+    weight: float,
+) -> None:
+    _check_dequantize_add_call(acc_P, code, scale, frozen_P, format=format, weight=weight)
+    _cuda_decode(acc_P, code, scale, frozen_P, FORMATS[format], format, weight)
+
+
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor]:
     return (torch.linspace(-1, 1, 600, device=device, dtype=dtype),)
 
@@ -402,6 +514,8 @@ quantize = register(
     "quantize(Tensor x_P, Tensor? residual_P=None, Tensor? frozen_P=None, *, "
     "str format='int8_b256_f32', str rounding='nearest', int seed=0, int step=0, "
     "str? backend=None) -> (Tensor, Tensor, Tensor)",
+    native("cuda", _cuda_quantize),
+    triton("quantize", "quantize", check=_check_quantize_call),
     native("cpu", "quantize"),
     reference(quantize_reference),
     fake=_quantize_fake,
@@ -412,6 +526,8 @@ quantize = register(
 dequantize = register(
     "dequantize(Tensor code, Tensor scale, int numel, Tensor? frozen_P=None, *, "
     "str format='int8_b256_f32', str? backend=None) -> Tensor",
+    native("cuda", _cuda_dequantize),
+    triton("quantize", "dequantize", check=_check_dequantize_call),
     native("cpu", "dequantize"),
     reference(dequantize_reference),
     fake=_dequantize_fake,
@@ -422,6 +538,8 @@ dequantize = register(
 dequantize_add_ = register(
     "dequantize_add_(Tensor(a!) acc_P, Tensor code, Tensor scale, Tensor? frozen_P=None, *, "
     "str format='int8_b256_f32', float weight=1.0, str? backend=None) -> ()",
+    native("cuda", _cuda_dequantize_add_, writes=(0,)),
+    triton("quantize", "dequantize_add_", check=_check_dequantize_add_call, writes=(0,)),
     native("cpu", "dequantize_add_", writes=(0,)),
     reference(dequantize_add_reference_),
     fake=_dequantize_add_fake,

@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 
 BYTES_PER_LOAD = 16  # the widest load of one thread
+WARPS = (2, 4, 8)  # of a program: what a tuned choice may be
+_CLOSED_FORM = 4
+_chosen: dict[str, int] = {}  # filled by choose_warps() only
+
+
+def warps_of(kernels: str) -> int:
+    """Warps of a program of kernels whose bits do not depend on it."""
+    return _chosen.get(kernels, _CLOSED_FORM)
+
+
+def choose_warps(warps: Mapping[str, int]) -> None:
+    """What gk.tune() found, in place of the closed form."""
+    _chosen.update(warps)
 
 
 def threads_per_warp() -> int:
     """Threads of a warp (CUDA) or a wavefront (ROCm) of the GPUs that this torch is built for."""
     return 64 if torch.version.hip else 32
+
+
+def declares(work: Callable[[Mapping[str, Any]], tuple[int, int]]) -> Callable[..., dict[str, Any]]:
+    """The `launch_metadata` of a kernel, which profilers such as Proton ask for: the bytes of a
+    launch, every input read and every output written once, and its float32 operations.
+
+    work(arguments by name) -> (bytes, operations)
+    """
+
+    def metadata(_grid: object, kernel: Any, args: Mapping[str, Any]) -> dict[str, Any]:
+        moved, operations = work(args)
+        return {"name": kernel.name, "bytes": moved, "flops32": operations}
+
+    return metadata
+
+
+def size_of(*tensors: torch.Tensor) -> int:
+    """Bytes of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)

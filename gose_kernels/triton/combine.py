@@ -5,18 +5,35 @@ Letters: T tokens, K experts per token, N rows, D width. The contract is in ops/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gose_kernels.triton import BYTES_PER_LOAD, threads_per_warp
+from gose_kernels.triton import BYTES_PER_LOAD, declares, size_of, threads_per_warp, warps_of
 
-_MAX_THREADS = 128
+_BACKWARD_WARPS = 4  # not tuned: they order its sums
 _MAX_TILE = 4096  # elements of a tile of several rows: 32 float32 sums a thread
 
 
-@triton.jit
+def _combine_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    row, out = args["row_ptr"], args["out_ptr"]
+    rows = row.numel() * out.shape[1]  # all slots count as used
+    moved = size_of(row, args["weight_ptr"], out) + rows * out.element_size()
+    return moved, 2 * rows
+
+
+def _combine_backward_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    row, grad = args["row_ptr"], args["grad_ptr"]
+    rows = row.numel() * grad.shape[1]
+    moved = size_of(row, args["weight_ptr"], args["grad_weight_ptr"])
+    return moved + (grad.numel() + 2 * rows) * grad.element_size(), 3 * rows
+
+
+@triton.jit(launch_metadata=declares(_combine_work))
 def _combine_kernel(
     y_ptr,  # [N, D] expert outputs
     weight_ptr,  # [T, K] float32
@@ -39,7 +56,7 @@ def _combine_kernel(
     tl.store(out_ptr + t * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=valid_d)
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(_combine_backward_work))
 def _combine_backward_kernel(
     grad_ptr,  # [T, D] gradient of out, read once
     y_ptr,  # [N, D]
@@ -75,9 +92,9 @@ def _combine_backward_kernel(
     tl.store(grad_weight_ptr + slot_k, grad_weight_k, mask=offs_k < K)
 
 
-def _block(D: int, item_bytes: int) -> tuple[int, int]:
+def _block(D: int, item_bytes: int, warps: int) -> tuple[int, int]:
     """Columns of one program and its warps: one widest load a thread, never wider than D needs."""
-    block_d = min(triton.next_power_of_2(D), _MAX_THREADS * BYTES_PER_LOAD // item_bytes)
+    block_d = min(triton.next_power_of_2(D), 32 * warps * BYTES_PER_LOAD // item_bytes)
     return block_d, max(1, block_d * item_bytes // (BYTES_PER_LOAD * threads_per_warp()))
 
 
@@ -92,7 +109,7 @@ def combine(y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     if T == 0 or D == 0:
         return out_TD
     y_ND, weight_TK, row_TK = _unit_columns(y_ND), weight_TK.contiguous(), row_TK.contiguous()
-    block_d, num_warps = _block(D, y_ND.element_size())
+    block_d, num_warps = _block(D, y_ND.element_size(), warps_of("combine"))
     with torch.cuda.device_of(y_ND):
         _combine_kernel[(T, triton.cdiv(D, block_d))](
             y_ND,
@@ -122,7 +139,7 @@ def combine_backward(
     weight_TK, row_TK = weight_TK.contiguous(), row_TK.contiguous()
     block_k = triton.next_power_of_2(K)
     # Few rows of a wide tile, or many of a narrow one: 16 bytes a thread and row.
-    block_d, _ = _block(max(D, 1), y_ND.element_size())
+    block_d, _ = _block(max(D, 1), y_ND.element_size(), _BACKWARD_WARPS)
     block_d = max(1, min(block_d, _MAX_TILE // block_k))
     num_warps = max(
         1, min(4, block_k * block_d * y_ND.element_size() // (BYTES_PER_LOAD * threads_per_warp()))

@@ -5,16 +5,34 @@ Letters: N = T*K slots, E experts, E1 = E+1. The contract is in ops/dispatch.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gose_kernels.triton import declares, size_of, warps_of
+
 _CHUNK = 256  # slots of a program
 _EXPERTS = 32  # columns of a tile of comparisons
 
 
-@triton.jit
+def _count_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    return size_of(args["expert_ptr"], args["count_ptr"]), 0
+
+
+def _scan_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    return 2 * size_of(args["count_ptr"]) + size_of(args["offset_ptr"]), 0
+
+
+def _place_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    names = ("expert_ptr", "count_ptr", "offset_ptr", "row_ptr", "token_ptr")
+    return size_of(*(args[name] for name in names)), 0
+
+
+@triton.jit(launch_metadata=declares(_count_work))
 def _dispatch_count_kernel(
     expert_ptr,  # [N] int32 or int64, E = unused
     count_ptr,  # [chunks, E] int32, written once
@@ -32,7 +50,7 @@ def _dispatch_count_kernel(
         tl.store(count_ptr + chunk * E + e, tl.sum(is_e, axis=0), mask=e < E)
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(_scan_work))
 def _dispatch_scan_kernel(
     count_ptr,  # [chunks, E] int32; becomes the slots of the expert before the chunk
     offset_ptr,  # [E1] int32, written once
@@ -55,7 +73,7 @@ def _dispatch_scan_kernel(
         carry += tl.sum(before, axis=0)
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(_place_work))
 def _dispatch_place_kernel(
     expert_ptr,  # [N]
     count_ptr,  # [chunks, E]
@@ -93,7 +111,7 @@ def dispatch(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tenso
     offset_E1 = empty(num_experts + 1, dtype=torch.int32)
     chunks = triton.cdiv(num_slots, _CHUNK)
     count = empty(chunks, num_experts, dtype=torch.int32)
-    tile = {"EXPERTS": _EXPERTS, "num_warps": 4, "enable_fp_fusion": True}
+    tile = {"EXPERTS": _EXPERTS, "num_warps": warps_of("dispatch"), "enable_fp_fusion": True}
     with torch.cuda.device_of(expert_TK):
         if chunks:
             _dispatch_count_kernel[(chunks,)](

@@ -5,15 +5,29 @@ Letters: C classes. The contract is in ops/entropy.py; leading dimensions are ro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gose_kernels.triton import BYTES_PER_LOAD, threads_per_warp
+from gose_kernels.triton import BYTES_PER_LOAD, declares, size_of, threads_per_warp
 
 _MAX_COLUMNS = 1024  # of a tile: longer rows are walked
 _MAX_WARPS = 4
+
+
+def _entropy_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    """Exponentials and what rescales sums come on top."""
+    logits = args["logits_ptr"]
+    return size_of(logits, args["out_ptr"]), 2 * logits.numel()
+
+
+def _entropy_backward_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    logits = args["logits_ptr"]
+    return size_of(logits, args["grad_ptr"], args["grad_logits_ptr"]), 4 * logits.numel()
 
 
 @triton.jit
@@ -67,7 +81,7 @@ def _moments(logits_ptr, row_R, valid_R, C, ROWS: tl.constexpr, BLOCK_C: tl.cons
     return tl.where(n_R == 0, 0.0, top_R), rest_R, sum_R, n_R
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(_entropy_work))
 def _entropy_kernel(
     logits_ptr,  # [rows, C]
     out_ptr,  # [rows] float32
@@ -86,7 +100,7 @@ def _entropy_kernel(
     tl.store(out_ptr + row_R, share_R, mask=valid_R)
 
 
-@triton.jit
+@triton.jit(launch_metadata=declares(_entropy_backward_work))
 def _entropy_backward_kernel(
     grad_ptr,  # [rows] float32
     logits_ptr,  # [rows, C], read twice: the second time from the cache

@@ -40,7 +40,10 @@ def triton(target: str, folder: Path) -> Table:
             for one in launched:
                 kernel = one.compiled.metadata.name.removeprefix("_")
                 short = str(dtype).removeprefix("torch.")
-                found[f"{kernel} {short}"] = of_triton(one.compiled, folder)._asdict()
+                key = f"{kernel} {short}"
+                if key in found:  # one kernel of several ops, by constants
+                    key = f"{key} {name}"
+                found[key] = of_triton(one.compiled, folder)._asdict()
     return {f"triton {target}": found}
 
 

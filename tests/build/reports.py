@@ -10,8 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Instructions whose presence or absence is a promise; the rest is noise.
-NOTABLE = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDSM", "UTMALDG", "ATOMG", "RED", "ATOMS", "SHFL")
+# Instructions whose presence or absence is a promise; the rest is noise. RED is an atomic one in
+# memory, REDUX a reduction within a warp.
+NOTABLE = (
+    *("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDSM", "UTMALDG"),
+    *("ATOMG", "RED", "ATOMS", "SHFL", "REDUX"),
+)
 NOTABLE_AMD = ("v_mfma", "ds_bpermute", "global_atomic", "flat_atomic")
 
 
@@ -55,7 +59,7 @@ def _widest(code: str, opcode: str) -> int:
 
 
 def _notable(code: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(n for n in names if re.search(rf"\b{n}", code))
+    return tuple(n for n in names if re.search(rf"\b{n}(?![A-Z])", code))
 
 
 def of_cuda(library: Path, threads: int) -> Iterator[tuple[str, str, Report]]:
@@ -118,7 +122,8 @@ def of_triton(compiled: Any, folder: Path) -> Report:
 
         return Report(
             number("vgpr_count"),
-            number("vgpr_spill_count") + number("sgpr_spill_count"),
+            # Scalar registers that spill go to lanes of vector registers: no memory is touched.
+            number("vgpr_spill_count") + number("private_segment_fixed_size"),
             compiled.metadata.shared,
             0,
             widest("load"),

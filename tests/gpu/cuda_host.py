@@ -81,7 +81,8 @@ class OnPtx:
         self._raised: list[BaseException] = []
 
     def __call__(self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any) -> None:
-        """Runs launcher `op`; `tensors` are all that its kernels may touch. Raises KernelError."""
+        """Runs launcher `op`; `tensors` are all that its kernels may touch, those with a bracket in
+        their name through pointers in other structs. Raises KernelError."""
         spans = [params.extent(t, name) for name, t in tensors.items()]
         space = memory.Global(spans)
 
@@ -106,7 +107,8 @@ class OnPtx:
 
 def run_launcher(library: ctypes.CDLL, op: str, struct: str, **values: Any) -> int:
     launcher: Callable[..., int] = library[symbol(op, struct)]
-    return launcher(ctypes.byref(params.fill(struct, **values)), None)
+    own = {name: value for name, value in values.items() if "[" not in name}
+    return launcher(ctypes.byref(params.fill(struct, **own)), None)
 
 
 # ---- the same sources under g++ --------------------------------------------------------------
@@ -137,9 +139,10 @@ class OnEmulator:
     def __init__(self, library: Path, order: str = "forward") -> None:
         self._library = ctypes.CDLL(str(library))
         self._library.gose_emulate_error.restype = ctypes.c_char_p
-        self._library.gose_emulate_order(ORDERS[order])
+        self._order = ORDERS[order]
 
     def __call__(self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any) -> None:
+        self._library.gose_emulate_order(self._order)  # the library's: others may have set theirs
         if error := run_launcher(self._library, op, struct, **tensors, **values):
             text = self._library.gose_emulate_error().decode()
             raise RuntimeError(f"{op}: error {error}: {text}")

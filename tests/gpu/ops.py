@@ -3,8 +3,10 @@ tensors, its Triton launcher, its cases and its reference."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import pytest
@@ -12,14 +14,28 @@ import torch
 from torch import Tensor
 
 import gose_kernels as gk
+from gose_kernels import masks
 from gose_kernels.ops import combine as combine_op
 from gose_kernels.ops import dispatch as dispatch_op
 from gose_kernels.ops import entropy as entropy_op
+from gose_kernels.ops import masked_update as masked_op
+from gose_kernels.ops import quantize as quantize_op
 from tests import cases
 from tests.checks import assert_close_within_ulps
-from tests.gpu.params import poisoned
+from tests.gpu.params import fill, poisoned, structs
 
 Outputs = tuple[Tensor, ...]
+
+
+class Options(dict[str, Any]):
+    """The options of a call, last among its arguments."""
+
+
+def split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(arguments, options) of a call."""
+    if args and isinstance(args[-1], Options):
+        return args[:-1], args[-1]
+    return args, {}
 
 
 class Call(Protocol):
@@ -41,23 +57,38 @@ class OnGpu(NamedTuple):
     # Meta tensors that reach every tile configuration of the Triton kernel, the widest first.
     tiles: Callable[[torch.dtype], Iterator[tuple[str, tuple[Any, ...]]]]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
-    exact: bool = False  # integers: equal, not close
+    exact: bool = False  # equal bits, not close
     ulps: int = 0  # allowed beside the error rule, of float32 elements
+    writes: tuple[int, ...] = ()  # arguments that change in place: they are the outputs
+    doubled: tuple[int, ...] | None = None  # arguments of the truth in float64; None: all
+    also: Callable[[Outputs, tuple[Any, ...]], None] | None = None  # what else must hold
 
     def triton(self, name: str) -> Callable[..., Any]:
         module = importlib.import_module(f"gose_kernels.triton.{self.source}")
         launcher: Callable[..., Any] = getattr(module, name)
-        return launcher
+
+        return lambda *args: self.run(launcher, *args)
+
+    def run(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """The outputs of a call; what changes in place is copied first."""
+        given, options = split(args)
+        given = tuple(_copied(a) if i in self.writes else a for i, a in enumerate(given))
+        out = function(*given, **options, **more)
+        return _flat(given[i] for i in self.writes) if self.writes else out
 
     def check(self, got: Any, args: tuple[Any, ...]) -> None:
         """The error rule of tests/checks.py against the reference in float64."""
         same = _tuple(self.reference(*args))
         if self.exact:
             for g, s in zip(_tuple(got), same, strict=True):
-                assert g.dtype == s.dtype
-                assert torch.equal(g, s)
+                assert (g.dtype, g.shape) == (s.dtype, s.shape)
+                assert same_bits(g, s)
             return
-        truth = _tuple(self.reference(*(_double(a) for a in args)))
+        if self.also is not None:
+            self.also(_tuple(got), args)
+        doubled = range(len(args)) if self.doubled is None else self.doubled
+        wide = (_double(a) if i in doubled else a for i, a in enumerate(args))
+        truth = _tuple(self.reference(*wide))
         for g, s, t in zip(_tuple(got), same, truth, strict=True):
             assert_close_within_ulps(g, s, t, self.ulps)
 
@@ -66,7 +97,22 @@ def _tuple(outputs: Any) -> Outputs:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+def _flat(values: Iterable[Any]) -> Outputs:
+    """Tensors and lists of tensors as one tuple."""
+    return tuple(t for v in values for t in (v if isinstance(v, list) else [v]))
+
+
+def _copied(value: Any) -> Any:
+    """A tensor or a list of tensors, strides and all, in memory of its own."""
+    if isinstance(value, list):
+        return [_copied(t) for t in value]
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return copy.copy_(value)
+
+
 def _double(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_double(t) for t in value]
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
@@ -194,6 +240,432 @@ def _dispatch_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]
     yield "E128", (_meta(4096, 8, dtype=dtype), 128)
 
 
+_FORMATS = (
+    ("int8_b256_f32", "nearest"),
+    ("int4_b64_f16", "stochastic"),
+    ("int8_b64_f16", "stochastic"),
+    ("int8_b256_f32", "stochastic"),
+    ("int4_b64_f16", "nearest"),
+)
+
+
+def _format(name: str) -> Any:
+    form = quantize_op.FORMATS[name]
+    half = form.scale_dtype == torch.float16
+    return fill(
+        "CodeFormat", bits=form.bits, block=form.block, half_scale=half, max_scale=form.max_scale
+    )
+
+
+def _quantize(
+    call: Call, x: Tensor, residual: Tensor | None, frozen: Tensor | None, options: Options
+) -> Outputs:
+    form = quantize_op.FORMATS[options["format"]]
+    place = None if frozen is None else masks.places(frozen, x.shape)
+    L, x = x.numel() if place is None else place.numel(), x.contiguous()
+    code = poisoned(form.code_bytes(L), dtype=torch.uint8)
+    scale = poisoned(form.num_scales(L), dtype=form.scale_dtype)
+    left = poisoned(*(x.shape if residual is not None else (0,)), dtype=torch.float32)
+    if place is not None:
+        left.zero_()
+    tensors = {"x": x, "code": code, "scale": scale}
+    if residual is not None:
+        tensors |= {"residual": residual, "left": left}
+    if place is not None:
+        tensors["place"] = place
+    call(
+        "quantize",
+        "QuantizeParams",
+        tensors,
+        P=x.numel(),
+        L=L,
+        seed=options["seed"],
+        step=options["step"],
+        stochastic=options["rounding"] == "stochastic",
+        format=_format(options["format"]),
+        dtype=x.dtype,
+    )
+    return code, scale, left
+
+
+def _quantize_reference(*args: Any) -> Outputs:
+    given, options = split(args)
+    return quantize_op.quantize_reference(*given, **options)
+
+
+def _quantize_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Every case in one format, all formats in turn; values that the dtype holds. Shapes with
+    whole vectors, several tiles and a rest, with and without residual, come in every format."""
+    turn = 0
+    for case in cases.quantize:
+        given = case.build(dtype)
+        if case.frozen == "" and not bool(given[0].isfinite().all()):
+            continue
+        if dtype == torch.float16 and case.kind in ("large", "largest", "scales"):
+            continue
+        name, rounding = _FORMATS[0 if case.kind == "ties" else turn % len(_FORMATS)]
+        turn += 1
+        options = Options(format=name, rounding=rounding, seed=9, step=4)
+        yield f"{case}-{name}-{rounding}", (*given, options)
+    for name, rounding in _FORMATS:
+        case = cases.QuantizeCase("normal", (2183,), name != "int8_b64_f16")
+        options = Options(format=name, rounding=rounding, seed=-9, step=2**40)
+        yield f"{case}-{name}-{rounding}", (*case.build(dtype), options)
+        x, residual, frozen = cases.QuantizeCase("normal", (2183,), True).build(dtype)
+        shifted = (x[1:], None if residual is None else residual[1:], frozen)
+        yield f"{case}-off-by-one-{name}-{rounding}", (*shifted, options)
+
+
+def _quantize_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name, rounding in _FORMATS:
+        for residual in (None, _meta(4096, dtype=torch.float32)):
+            options = Options(format=name, rounding=rounding, seed=1, step=1)
+            label = f"{name}-{rounding}-{residual is not None}"
+            yield label, (_meta(4096, dtype=dtype), residual, None, options)
+
+
+def _decode(
+    call: Call, op: str, out: Tensor, code: Tensor, scale: Tensor, frozen: Tensor | None,
+    options: Options,
+) -> Outputs:  # fmt: skip
+    form = quantize_op.FORMATS[options["format"]]
+    tensors, L = {"code": code, "scale": scale, "out": out}, out.numel()
+    if frozen is not None:
+        most = min(code.numel() * 8 // form.bits, scale.numel() * form.block)
+        tensors["place"] = masks.places(frozen, out.shape, most)
+        L = most
+    call(
+        "dequantize",
+        "DequantizeParams",
+        tensors,
+        P=out.numel(),
+        L=L,
+        weight=options.get("weight", 1.0),
+        add=op == "dequantize_add_",
+        format=_format(options["format"]),
+    )
+    return (out,)
+
+
+def _dequantize(
+    call: Call, code: Tensor, scale: Tensor, numel: int, frozen: Tensor | None, options: Options
+) -> Outputs:
+    out = poisoned(numel, dtype=torch.float32)
+    if frozen is not None:
+        out.zero_()
+        frozen = frozen.reshape(-1)
+    return _decode(call, "dequantize", out, code, scale, frozen, options)
+
+
+def _dequantize_reference(*args: Any) -> Outputs:
+    given, options = split(args)
+    return (quantize_op.dequantize_reference(*given, **options),)
+
+
+def _dequantize_add(
+    call: Call, acc: Tensor, code: Tensor, scale: Tensor, frozen: Tensor | None, options: Options
+) -> Outputs:
+    return _decode(call, "dequantize_add_", acc.clone(), code, scale, frozen, options)
+
+
+def _dequantize_add_reference(*args: Any) -> Outputs:
+    given, options = split(args)
+    acc = given[0].clone()
+    quantize_op.dequantize_add_reference_(acc, *given[1:], **options)
+    return (acc,)
+
+
+def _coded_cases() -> Iterator[tuple[str, tuple[Any, ...], tuple[int, ...], Options]]:
+    """(label, code, scale and frozen, shape, options) of every format; several programs, a rest."""
+    wanted = [
+        cases.QuantizeCase("normal", shape, frozen=frozen)
+        for shape in ((1,), (700,), (2051,))
+        for frozen in ("", "element")
+    ]
+    wanted.append(cases.QuantizeCase("normal", (37, 11), frozen="row"))
+    wanted.append(cases.QuantizeCase("normal", (5, 3), frozen="all"))
+    for name in quantize_op.FORMATS:
+        for case in wanted:
+            x, _, frozen = case.build()
+            code, scale, _ = quantize_op.quantize_reference(x, None, frozen, format=name)
+            yield f"{case}-{name}", (code, scale, frozen), tuple(x.shape), Options(format=name)
+
+
+def _dequantize_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, (code, scale, frozen), shape, options in _coded_cases():
+        whole = None if frozen is None else frozen.expand(shape).contiguous()
+        yield label, (code, scale, int(torch.Size(shape).numel()), whole, options)
+
+
+def _dequantize_add_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for label, (code, scale, frozen), shape, options in _coded_cases():
+        acc = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+        if frozen is not None:
+            acc[frozen.expand(shape)] = -0.0  # adding 0 would change these bits
+        yield label, (acc, code, scale, frozen, Options(weight=0.3, **options))
+
+
+def _dequantize_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name, form in quantize_op.FORMATS.items():
+        code = _meta(form.code_bytes(4096), dtype=torch.uint8)
+        scale = _meta(form.num_scales(4096), dtype=form.scale_dtype)
+        yield name, (code, scale, 4096, None, Options(format=name))
+
+
+def _dequantize_add_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for name, (code, scale, _, _, options) in _dequantize_tiles(dtype):
+        yield name, (_meta(4096, dtype=torch.float32), code, scale, None, options)
+
+
+_MASK_KINDS = {torch.bool: 1, torch.uint8: 2, torch.float32: 3}
+_REFERENCES = {
+    "masked_sgd_": masked_op.masked_sgd_reference_,
+    "masked_adam_": masked_op.masked_adam_reference_,
+    "masked_lion_": masked_op.masked_lion_reference_,
+}
+_LISTS = (0, 2, 3, 4)  # param, state, step, master: what a step changes
+
+
+def _num_states(op: str, options: Mapping[str, Any]) -> int:
+    if op == "masked_adam_":
+        return 3 if options.get("amsgrad") else 2
+    return 1 if op == "masked_lion_" or options.get("momentum") else 0
+
+
+def _update_tensor(op: str, args: tuple[Any, ...], options: Options, n: int) -> dict[str, Any]:
+    """The fields of one entry, tensors still as tensors; contiguous ones are expected."""
+    param, grad, state, step, master, frozen, row = args[:7]
+    p = param[n]
+    fields: dict[str, Any] = {"param": p, "grad": grad[n].contiguous(), "numel": p.numel()}
+    fields["inner"] = max(1, p.numel())
+    fields["state"] = [state[s * len(param) + n] for s in range(_num_states(op, options))]
+    if master:
+        fields["master"] = master[n]
+    if frozen:
+        mask, units = frozen[n], p.numel()
+        fields["kind"] = _MASK_KINDS[mask.dtype]
+        if mask.dtype != torch.uint8:
+            own = masks.unit_shape(mask.shape, p.shape)
+            mask, units = masks.spread(mask, own).contiguous(), int(torch.Size(own).numel())
+        fields |= {"frozen": mask, "inner": p.numel() // max(1, units) or 1}
+    if step:
+        by_mask = bool(frozen) and step[n].shape == (
+            p.shape if frozen[n].dtype == torch.uint8 else frozen[n].shape
+        )
+        fields |= {"step": step[n], "num_steps": step[n].numel(), "step_by_mask": by_mask}
+    if row and row[n].numel() > 0:
+        fields["row"] = row[n]
+    for name in ("seed", "start", "threshold"):
+        if options.get(name):
+            fields[name] = options[name][n]
+    return fields
+
+
+def _masked(op: str, call: Call, *args: Any) -> Outputs:
+    given, options = split(args)
+    lists = [_copied(a) if i in _LISTS else a for i, a in enumerate(given)]
+    dense = [[t.contiguous() for t in a] if isinstance(a, list) else a for a in lists]
+    tensors: dict[str, Tensor] = {"lr[]": dense[7]}
+    entries = (structs()["UpdateTensor"] * max(1, len(dense[0])))()
+    for n in range(len(dense[0])):
+        fields = _update_tensor(op, tuple(dense), options, n)
+        states = fields.pop("state")
+        tensors |= {f"{k}[{n}]": t for k, t in fields.items() if isinstance(t, Tensor)}
+        tensors |= {f"state{s}[{n}]": t for s, t in enumerate(states)}
+        addresses = [t.data_ptr() for t in states] + [0] * (3 - len(states))
+        entries[n] = fill("UpdateTensor", state=(ctypes.c_void_p * 3)(*addresses), **fields)
+    scale = dense[8] if len(dense) > 8 else None
+    if scale is not None:
+        tensors["grad_scale[]"] = scale
+    decay, decoupled = options.get("weight_decay", 0.0), options.get("decoupled", True)
+    decoupled = decoupled and op != "masked_sgd_"
+    scalar = fill(
+        "UpdateScalars",
+        lr=dense[7],
+        lr_is_double=dense[7].dtype == torch.float64,
+        grad_scale=0 if scale is None else scale,
+        grad_scale_is_double=scale is not None and scale.dtype == torch.float64,
+        decay=decay if decoupled else 0.0,
+        maximize=options.get("maximize", False),
+    )
+    half = bool(dense[0]) and dense[0][0].dtype == torch.bfloat16
+    update_list = fill(
+        "UpdateList",
+        tensor=ctypes.addressof(entries),
+        count=len(dense[0]),
+        draw=options.get("draw", 0),
+        dtype=torch.bfloat16 if half else torch.float32,
+        stochastic=half and bool(options.get("seed")),
+        scalar=scalar,
+    )
+    values: dict[str, Any] = {"list": update_list}
+    if op == "masked_sgd_":
+        values |= {"momentum": options.get("momentum", 0.0), "weight_decay": decay}
+        values |= {"undamped": 1 - options.get("dampening", 0.0)}
+        values |= {"nesterov": options.get("nesterov", False)}
+    elif op == "masked_adam_":
+        values |= {"beta1": options.get("beta1", 0.9), "beta2": options.get("beta2", 0.999)}
+        values |= {"eps": options.get("eps", 1e-8), "amsgrad": options.get("amsgrad", False)}
+        values["weight_decay"] = 0.0 if decoupled else decay
+    else:
+        beta1, beta2 = options.get("beta1", 0.9), options.get("beta2", 0.99)
+        values |= {"beta1": beta1, "beta2": beta2, "rest1": 1 - beta1, "rest2": 1 - beta2}
+    name = op.removesuffix("_")
+    struct = "".join(part.title() for part in name.split("_")) + "Params"
+    call(name, struct, tensors, **values)
+    for to, copy in zip(
+        _flat(lists[i] for i in _LISTS), _flat(dense[i] for i in _LISTS), strict=True
+    ):
+        to.copy_(copy)
+    return _flat(lists[i] for i in _LISTS)
+
+
+def _masked_reference(op: str, *args: Any) -> Outputs:
+    given, options = split(args)
+    lists = tuple(_copied(a) if i in _LISTS else a for i, a in enumerate(given))
+    _REFERENCES[op](*lists, **options)
+    return _flat(lists[i] for i in _LISTS)
+
+
+def _frozen_bits_stay(got: Outputs, args: tuple[Any, ...]) -> None:
+    """Elements that their mask freezes, of parameters and states without rows."""
+    given, options = split(args)
+    param, state, frozen, rows = given[0], given[2], given[5], given[6]
+    for n, mask in enumerate(frozen):
+        if rows and rows[n].numel() > 0:
+            continue
+        threshold = (options.get("threshold") or [0.0] * (n + 1))[n]
+        whole = masks.as_bool(mask, threshold, param[n].shape)
+        for at in (n, *range(len(param) + n, len(param) + len(state), len(param))):
+            before = (*param, *state)[at]
+            assert same_bits(got[at][whole], before[whole])
+
+
+def _masked_case(case: cases.UpdateCase, dtype: torch.dtype) -> tuple[Any, ...]:
+    param, grad, states, frozen, lr, scale = case.build(dtype)
+    state = [t for moment in states[: _num_states(case.op, case.options)] for t in moment]
+    state = [t if t.dtype == torch.float32 else t.float() for t in state]
+    counts = [torch.tensor(3.0) for _ in param] if case.op == "masked_adam_" else []
+    return param, grad, state, counts, [], frozen, [], lr, scale, Options(case.options)
+
+
+# Shapes with whole quads, several programs and a rest, and masks of each: (shape, mask, its kind).
+_UNITS = (
+    ((9, 132), (9, 1), "bool"),
+    ((2, 3, 64), (2, 1, 1), "scores"),
+    ((37, 3), (37, 1), "bool"),
+    ((6, 40), (6, 8), "scores"),
+    ((6, 40), (3, 5), "bool"),
+    ((1030,), (1030,), "bits"),
+    ((1030,), (1030,), "bool"),
+    ((1030,), (1030,), "scores"),
+    ((4, 300), (), "bool"),
+    ((0, 5), (1, 5), "bool"),
+)
+_MASKED_OPTIONS = {
+    "masked_sgd_": {"momentum": 0.9, "dampening": 0.25, "nesterov": True, "weight_decay": 0.1},
+    "masked_adam_": {"amsgrad": True, "weight_decay": 0.1, "beta1": 0.4},
+    "masked_lion_": {"weight_decay": 0.1, "maximize": True},
+}
+
+
+def _as_kind(mask: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
+    if kind == "bits":
+        return masks.pack(masks.spread(mask, shape))
+    return torch.where(mask, 0.5, 0.25) if kind == "scores" else mask
+
+
+def masked_units(op: str, dtype: torch.dtype, form: str) -> tuple[Any, ...]:
+    """All kinds of masks in one call. form: "counts" by mask where they can be, "rows" of state,
+    "master" copies, "draws"."""
+    random = torch.Generator().manual_seed(23)
+    columns = {(6, 8), (3, 5), (1, 5)}  # what counts by mask and rows do not come with
+    units = [u for u in _UNITS if form not in ("counts", "rows") or u[1] not in columns]
+    num_states = _num_states(op, _MASKED_OPTIONS[op])
+    param, grad, frozen, step, row = [], [], [], [], []
+    states: list[list[Tensor]] = [[] for _ in range(num_states)]
+    master: list[Tensor] = []
+    for shape, mask_shape, kind in units:
+        mask = torch.rand(mask_shape, generator=random) < 0.5
+        own = masks.unit_shape(shape if kind == "bits" else mask_shape, shape)
+        count = int(torch.Size(own).numel())
+        p = torch.randn(shape, generator=random)
+        whole = masks.spread(mask, shape)
+        grad.append(torch.where(whole, torch.nan, torch.randn(shape, generator=random)).to(dtype))
+        frozen.append(_as_kind(mask, shape, kind))
+        like: tuple[int, ...] = shape
+        if form == "rows":
+            has = torch.rand(count, generator=random) < 0.7
+            slots = torch.full((count,), -1, dtype=torch.int32)
+            slots[has] = torch.randperm(int(has.sum()), generator=random).int()
+            row.append(slots)
+            like = (int(has.sum()), p.numel() // max(1, count))
+        for moments in states:
+            moments.append(torch.rand(like, generator=random))
+        if form == "master":
+            master.append(p.clone())
+        param.append(p.to(dtype))
+        if op == "masked_adam_":
+            own_count = shape if kind == "bits" else mask_shape
+            drawn = torch.randint(0, 9, own_count, generator=random).float()
+            step.append(drawn if form == "counts" else torch.tensor(2.0))
+    options = Options(_MASKED_OPTIONS[op], threshold=[0.5] * len(units))
+    if form == "draws":
+        options |= {"seed": list(range(len(units))), "draw": 7}
+        options["start"] = [0, 100, 64, 36, 0, 7, 0, 12, 2**16, 0]
+    state = [t for moments in states for t in moments]
+    lr, scale = torch.tensor(0.1), torch.tensor(0.5, dtype=torch.float64)
+    return param, grad, state, step, master, frozen, row, lr, scale, options
+
+
+def _masked_cases(op: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for case in cases.masked_update:
+        if case.op == op and (case.grad != "huge" or dtype == torch.float32):
+            yield str(case), _masked_case(case, dtype)
+    half = dtype == torch.bfloat16
+    for form in ("counts", "rows", *(("master", "draws") if half else ())):
+        yield form, masked_units(op, dtype, form)
+    many = [torch.linspace(-1, 1, 1 + n % 7).to(dtype) for n in range(45)]  # several launches
+    state = [t.float().abs() for t in many * _num_states(op, {})]
+    step = [torch.tensor(1.0) for _ in many] if op == "masked_adam_" else []
+    lr = torch.tensor(0.01)
+    yield "many", (many, many, state, step, [], [], [], lr, None, Options())
+
+
+def _masked_tiles(op: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The widest tile of rows, elements and no mask; every number of columns."""
+    for shape, mask in (
+        ((64, 4096), (64, 1)),
+        ((64, 4096), (64, 4096)),
+        ((64, 4096), None),
+        *(((64, 1 << i), (64, 1)) for i in range(1, 10)),
+    ):
+        param, grad = [_meta(*shape, dtype=dtype)], [_meta(*shape, dtype=dtype)]
+        state = [_meta(*shape, dtype=torch.float32)] * _num_states(op, _MASKED_OPTIONS[op])
+        step = [_meta(dtype=torch.float32)] if op == "masked_adam_" else []
+        frozen = [] if mask is None else [_meta(*mask, dtype=torch.bool)]
+        lr, options = _meta(dtype=torch.float32), Options(_MASKED_OPTIONS[op])
+        yield f"{shape}-{mask}", (param, grad, state, step, [], frozen, [], lr, None, options)
+    if op == "masked_sgd_":  # without a float32 tensor
+        given = (param, grad, [], step, [], frozen, [], lr, None, Options())
+        yield f"{shape}-{mask}-plain", given
+
+
+def _masked_op(op: str) -> OnGpu:
+    return OnGpu(
+        "masked_update",
+        partial(_masked, op),
+        partial(_masked_reference, op),
+        partial(_masked_cases, op),
+        partial(_masked_tiles, op),
+        dtypes=(torch.float32, torch.bfloat16),
+        ulps=4,
+        writes=_LISTS,
+        doubled=(0, 1, 2, 4),
+        also=_frozen_bits_stay,
+    )
+
+
 OPS: dict[str, OnGpu] = {
     "combine": OnGpu(
         "combine", _combine, combine_op.combine_reference, _combine_cases, _combine_tiles
@@ -204,6 +676,25 @@ OPS: dict[str, OnGpu] = {
         combine_op.combine_backward_reference,
         _combine_backward_cases,
         _combine_backward_tiles,
+    ),
+    "dequantize": OnGpu(
+        "quantize",
+        _dequantize,
+        _dequantize_reference,
+        _dequantize_cases,
+        _dequantize_tiles,
+        dtypes=(torch.float32,),
+        exact=True,
+    ),
+    "dequantize_add_": OnGpu(
+        "quantize",
+        _dequantize_add,
+        _dequantize_add_reference,
+        _dequantize_add_cases,
+        _dequantize_add_tiles,
+        dtypes=(torch.float32,),
+        exact=True,
+        writes=(0,),
     ),
     "dispatch": OnGpu(
         "dispatch",
@@ -230,6 +721,15 @@ OPS: dict[str, OnGpu] = {
         _entropy_backward_tiles,
         ulps=4,
     ),
+    **{op: _masked_op(op) for op in _REFERENCES},
+    "quantize": OnGpu(
+        "quantize",
+        _quantize,
+        _quantize_reference,
+        _quantize_cases,
+        _quantize_tiles,
+        exact=True,
+    ),
 }
 
 
@@ -248,12 +748,14 @@ def arguments(name: str, dtype: torch.dtype, case: str) -> tuple[Any, ...]:
     return dict(OPS[name].cases(dtype))[case]
 
 
+def _bytes(t: Tensor) -> Tensor:
+    flat = t.reshape(-1).clone(memory_format=torch.contiguous_format)  # a stride of 2 may stay else
+    return flat.view(torch.uint8)
+
+
 def same_bits(a: Any, b: Any) -> bool:
     pairs = zip(_tuple(a), _tuple(b), strict=True)
-    return all(
-        torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8))
-        for x, y in pairs
-    )
+    return all(torch.equal(_bytes(x), _bytes(y)) for x, y in pairs)
 
 
 assert set(OPS) <= set(gk.OPS)

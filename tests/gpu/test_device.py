@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 import gose_kernels as gk
-from tests.gpu.ops import OPS, arguments, every_case
+from tests.gpu.ops import OPS, arguments, every_case, split
 
 
 def moved(value: Any, device: str) -> Any:
+    if isinstance(value, list):
+        return [moved(t, device) for t in value]
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -23,9 +25,10 @@ def check_on(device: str, name: str, dtype: torch.dtype, case: str) -> list[str]
     args = arguments(name, dtype, case)
     there = tuple(moved(a, device) for a in args)
     op, ran = gk.OPS[name], []
-    for backend, reason in op.reasons(*there).items():
+    given, options = split(there)
+    for backend, reason in op.reasons(*given, **options).items():
         if reason is None and backend != "torch":
-            got = op(*there, backend=backend)
+            got = OPS[name].run(op, *there, backend=backend)
             parts = tuple(t.cpu() for t in got) if isinstance(got, tuple) else got.cpu()
             OPS[name].check(parts, args)
             ran.append(backend)

@@ -3,15 +3,19 @@ of memory-bound kernels: no byte moved twice, full sectors, no bank conflicts.""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+import gose_kernels as gk
 from benchmarks import gpu_model
+from gose_kernels.ops.quantize import quantize_reference
+from gose_kernels.triton import WARPS, choose_warps
 from tests import cases
 from tests.gpu import cuda_host, triton_host
-from tests.gpu.ops import OPS
+from tests.gpu.ops import OPS, Options, same_bits, split
 from tests.ptx.faults import Counts
 
 
@@ -45,8 +49,68 @@ SCALED["entropy_backward"] = {
     label: lambda build=build: (torch.ones(build()[0].shape[0]), *build())
     for label, build in SCALED["entropy"].items()
 }
+
+
+def _quantized(op: str, name: str, rounding: str, residual: bool, dtype: torch.dtype) -> Any:
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    if op == "quantize":
+        options = Options(format=name, rounding=rounding, seed=1, step=1)
+        return x.to(dtype), 0.01 * x if residual else None, None, options
+    code, scale, _ = quantize_reference(x, format=name)
+    if op == "dequantize":
+        return code, scale, 4096, None, Options(format=name)
+    return x, code, scale, None, Options(format=name, weight=0.5)
+
+
+SCALED["quantize"] = {
+    f"{name}-{rounding}-{residual}-{dtype}": partial(
+        _quantized, "quantize", name, rounding, residual, dtype
+    )
+    for name in gk.FORMATS
+    for rounding in ("nearest", "stochastic")
+    for residual in (True, False)
+    for dtype in (torch.float32, torch.bfloat16)
+}
+for _op in ("dequantize", "dequantize_add_"):
+    SCALED[_op] = {
+        name: partial(_quantized, _op, name, "nearest", False, torch.float32) for name in gk.FORMATS
+    }
+
+MASKED_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "masked_sgd_": (
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"momentum": 0.9},
+        {},
+    ),
+    "masked_adam_": ({"weight_decay": 0.1}, {"amsgrad": True}),
+    "masked_lion_": ({"weight_decay": 0.1}, {}),
+}
+
+
+def _masked(
+    op: str, options: dict[str, Any], dtype: torch.dtype, mask: tuple[int, ...] | None
+) -> tuple[Any, ...]:
+    """Two tensors, nothing frozen."""
+    count = 3 if options.get("amsgrad") else 2 if op == "masked_adam_" else 1
+    count *= op != "masked_sgd_" or "momentum" in options
+    param, grad = ([torch.ones(32, 256, dtype=dtype) for _ in range(2)] for _ in range(2))
+    state = [torch.ones(32, 256) for _ in range(2 * count)]
+    step = [torch.ones(()) for _ in param] if op == "masked_adam_" else []
+    frozen = [] if mask is None else [torch.zeros(mask, dtype=torch.bool) for _ in param]
+    return param, grad, state, step, [], frozen, [], torch.tensor(0.1), None, Options(options)
+
+
+for _op, _choices in MASKED_OPTIONS.items():
+    SCALED[_op] = {
+        f"{mask}-{i}-{dtype}": partial(_masked, _op, options, dtype, mask)
+        for mask in ((32, 1), (32, 256), None)
+        for i, options in enumerate(_choices)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
 SCALED["dispatch"] = {"256x8-E16": lambda: cases.DispatchCase(256, 8, 16).build()}
 CASES = [(op, label) for op, table in SCALED.items() for label in table]
+# Beside rows of 64 columns the sectors that hold a token's weights and indices count.
+NARROW = {(op, label) for op, label in CASES if op.startswith("combine") and "x64-" in label}
 
 
 def _count(op: str, backend: str, args: tuple[Any, ...], ptx: dict[str, Any]) -> Counts:
@@ -57,35 +121,115 @@ def _count(op: str, backend: str, args: tuple[Any, ...], ptx: dict[str, Any]) ->
     return on_ptx.counts
 
 
+@pytest.mark.matrix(keep=80)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize(("op", "label"), CASES)
 def test_closed_forms_are_what_is_counted(
     op: str, label: str, backend: str, ptx: dict[str, cuda_host.Compiled]
 ) -> None:
     args = SCALED[op][label]()
-    counts, work = _count(op, backend, args, ptx), gpu_model.work(op, backend, *args)
-    scratch = gpu_model.scratch_bytes(op, backend, *args)
+    given, options = split(args)
+    counts, work = _count(op, backend, args, ptx), gpu_model.work(op, backend, *given, **options)
+    scratch = gpu_model.scratch_bytes(op, backend, *given)
+    if op.startswith("masked") and backend == "triton":
+        scratch *= len(args[0])  # a launch a tensor
     assert work.bytes <= counts.bytes <= work.bytes + scratch
-    assert counts.launches == work.launches
-    if op.startswith("entropy"):
+    tensors = len(args[0]) if op.startswith("masked") and backend == "triton" else 1
+    assert counts.launches == tensors * work.launches
+    if op in gpu_model.AT_LEAST:
         assert counts.flops >= work.flops
     else:
         assert counts.flops == work.flops
     assert counts.mma == 0
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("op", SCALED)
-def test_targets(op: str, backend: str, ptx: dict[str, cuda_host.Compiled]) -> None:
-    """At the widest scaled shape: what blocks fetch is at most 1.1 times the minimum, nine tenths
-    of every fetched sector is used."""
+def test_profilers_are_told_the_closed_forms(op: str) -> None:
+    """Every Triton kernel declares its launches: bytes as the model's, scratch and numbers aside;
+    operations no fewer than the op declares without divisions and roots."""
     args = next(iter(SCALED[op].values()))()
+    given, options = split(args)
+    launched: list[triton_host.Launched] = []
+    with triton_host.launches_go_to("sm_80", launched.append):
+        OPS[op].triton(op)(*args)
+    work = gpu_model.work(op, "triton", *given, **options)
+    scratch = gpu_model.scratch_bytes(op, "triton", *given)
+    scratch *= len(launched)
+    moved = sum(one.declared["bytes"] for one in launched)
+    assert work.bytes <= moved <= work.bytes + scratch
+    declared = sum(one.declared["flops32"] for one in launched)
+    assert declared <= work.flops
+    assert 2 * declared >= gk.OPS[op].cost_of(*given, **options).flops
+    for one in launched:
+        assert one.declared["name"] == one.compiled.metadata.name
+
+
+@pytest.mark.matrix(keep=40)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize(("op", "label"), [c for c in CASES if c not in NARROW])
+def test_targets(op: str, label: str, backend: str, ptx: dict[str, cuda_host.Compiled]) -> None:
+    """What blocks fetch is at most 1.1 times the minimum, nine tenths of every fetched sector is
+    used."""
+    args = SCALED[op][label]()
     counts = _count(op, backend, args, ptx)
-    work = gpu_model.work(op, backend, *args)
-    if gpu_model.scratch_bytes(op, backend, *args) == 0:
+    given, options = split(args)
+    work = gpu_model.work(op, backend, *given, **options)
+    if 100 * gpu_model.scratch_bytes(op, backend, *given) <= work.bytes:
         assert 32 * counts.block_sectors <= 1.10 * work.bytes
         assert counts.sector_efficiency >= 0.9
     assert counts.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", MASKED_OPTIONS)
+def test_frozen_units_are_not_loaded(
+    op: str, backend: str, ptx: dict[str, cuda_host.Compiled]
+) -> None:
+    """Of rows, half of them frozen: half the bytes, and the mask. Of elements in whole frozen
+    programs: the mask alone."""
+    args = _masked(op, {}, torch.float32, (32, 1))
+    mask_bytes, scratch = 2 * 32, 2 * gpu_model.scratch_bytes(op, backend, *args[:-1])
+    whole = gpu_model.work(op, backend, *args[:-1]).bytes - mask_bytes
+    for mask in args[5]:
+        mask[::2] = True
+    counts = _count(op, backend, args, ptx)
+    assert whole / 2 <= counts.bytes - mask_bytes <= whole / 2 + 8 + scratch
+    args = _masked(op, {}, torch.float32, (32, 256))
+    for mask in args[5]:
+        mask.fill_(True)
+    counts = _count(op, backend, args, ptx)
+    assert 2 * 32 * 256 <= counts.bytes <= 2 * 32 * 256 + 16 + scratch
+
+
+@pytest.mark.parametrize("warps", WARPS)
+@pytest.mark.parametrize(
+    ("kernels", "op"),
+    [
+        ("combine", "combine"),
+        ("dispatch", "dispatch"),
+        ("masked_update", "masked_adam_"),
+        ("quantize", "quantize"),
+        ("quantize", "dequantize_add_"),
+    ],
+)
+def test_tuned_choices_change_no_bits(kernels: str, op: str, warps: int) -> None:
+    args = next(iter(SCALED[op].values()))()
+    launched: list[int] = []
+
+    class Noting(triton_host.OnPtx):
+        def __call__(self, one: triton_host.Launched) -> None:
+            launched.append(one.compiled.metadata.num_warps)
+            super().__call__(one)
+
+    plain, _ = triton_host.run_on_ptx(OPS[op].triton(op), *args, count=False)
+    choose_warps({kernels: warps})
+    try:
+        with triton_host.launches_go_to("sm_80", Noting(count=False)):
+            tuned = OPS[op].triton(op)(*args)
+    finally:
+        choose_warps({kernels: 4})
+    assert warps in launched
+    assert same_bits(plain, tuned)
 
 
 def test_every_gpu_kernel_has_a_model() -> None:

@@ -3,16 +3,19 @@ that does not compile proves nothing and fails."""
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import shutil
 import sys
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.gpu import cuda_host
+from tests.gpu import cuda_host, triton_host
 from tests.gpu.ops import OPS
 from tests.gpu.params import ROOT
 from tests.ptx.faults import KernelError
@@ -33,6 +36,8 @@ class Mutant(NamedTuple):
 
 
 _COMBINE, _BACK = ("combine",), ("combine_backward",)
+_QUANTIZE, _DECODE = ("quantize",), ("dequantize", "dequantize_add_")
+_MASKED = ("masked_adam_", "masked_lion_", "masked_sgd_")
 _ENTROPY, _DISPATCH = ("entropy", "entropy_backward"), ("dispatch",)
 MUTANTS = [
     Mutant("bound", _COMBINE, "d >= p.D) return", "d > p.D) return"),
@@ -48,6 +53,41 @@ MUTANTS = [
     Mutant("mask dropped", _ENTROPY, "if (x == -INFINITY) return;", ""),
     Mutant("dtype truncated", _ENTROPY, "const float z = x - m.top;", "const int z = x - m.top;"),
     Mutant("shuffle short", _ENTROPY, "apart = width / 2", "apart = width / 4"),
+    Mutant("bound", _QUANTIZE, "kWide && l + kQuad <= L)", "kWide && l <= L)"),
+    Mutant("half swapped", _QUANTIZE, "odd ? kHalf / 8 : 0", "odd ? 0 : kHalf / 8"),
+    Mutant("shuffle short", _QUANTIZE, "apart = kGroup / 2", "apart = kGroup / 4"),
+    Mutant("tie upwards", _QUANTIZE, "rintf(ratio)", "floorf(ratio + 0.5f)"),
+    Mutant(
+        "fused",
+        _QUANTIZE,
+        "__fsub_rn(y[half][i], __fmul_rn(code, scale[half]))",
+        "fmaf(-code, scale[half], y[half][i])",
+    ),
+    Mutant("scale low", _QUANTIZE, "__float_as_uint(scale) + low", "__float_as_uint(scale)"),
+    Mutant("mask dropped", _QUANTIZE, "if (l + i >= e.p.L) break;", ""),
+    Mutant("dtype truncated", _QUANTIZE, "uint64_t(known = at >> 3)", "uint8_t(known = at >> 3)"),
+    Mutant("bound", _DECODE, "whole = kWide && l + kQuad <= p.L", "whole = kWide"),
+    Mutant("mask dropped", _DECODE, "if (at < 0) continue;", ""),
+    Mutant("stride swapped", _DECODE, "block = l / kBlock", "block = l / kThreads"),
+    Mutant("dtype truncated", _DECODE, "kBits == 8 ? int8_t(byte)", "kBits == 8 ? uint8_t(byte)"),
+    Mutant(
+        "fused",
+        _DECODE,
+        "__fadd_rn(old.lane[i], value.lane[i])",
+        "fmaf(value.lane[i] / p.weight, p.weight, old.lane[i])",
+    ),
+    Mutant("bound", _MASKED, "if (e.wide && left == kQuad) {", "if (e.wide) {"),
+    Mutant("mask dropped", _MASKED, "if (!(live >> j & 1)) continue;", ""),
+    Mutant("unit taken as live", _MASKED, "if (is_frozen(t, unit)) continue;", "", count=2),
+    Mutant(
+        "stride swapped", _MASKED, "s += (t.row[unit] - unit) * t.inner", "s += t.row[unit] - unit"
+    ),
+    Mutant("bit off by one", _MASKED, ">> (i & 7)) & 15", ">> (i & 3)) & 15"),
+    Mutant("threshold", _MASKED, "score.lane[j] >= t.threshold", "score.lane[j] > t.threshold"),
+    Mutant("count of frozen", _MASKED, "if (!t.step_by_mask || !is_frozen(t, j)) t.step", "t.step"),
+    Mutant("dtype truncated", _MASKED, "uint64_t(draw_at >> 3)", "uint8_t(draw_at >> 3)"),
+    Mutant("draws swapped", _MASKED, "draw_at & 4 ? block.word[2]", "draw_at & 4 ? block.word[1]"),
+    Mutant("sign lost", _MASKED, "s.maximize ? -scale : scale", "scale"),
     Mutant("bound", _DISPATCH, "const int e = n < N ?", "const int e = n <= N ?", count=2),
     Mutant("rank off by one", _DISPATCH, "(1u << threadIdx.x) - 1", "(2u << threadIdx.x) - 1"),
     Mutant("mask dropped", _DISPATCH, "if (n < N && n >= used)", "if (n < N)"),
@@ -63,35 +103,75 @@ MUTANTS = [
 ]
 
 
+class TritonMutant(NamedTuple):
+    """The same of gose_kernels/triton/<source>.py."""
+
+    what: str
+    ops: tuple[str, ...]
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.ops[0]}-{self.what}"
+
+
+TRITON_MUTANTS = [
+    TritonMutant("bound", _COMBINE, "valid_d = offs_d < D", "valid_d = offs_d <= D"),
+    TritonMutant(
+        "mask dropped", _BACK, "(row_k >= 0)[:, None] & (offs_d", "(offs_d[None, :] >= 0) & (offs_d"
+    ),
+    TritonMutant(
+        "bound",
+        _ENTROPY,
+        "(offs_c < C)[None, :]\n        x = tl",
+        "(offs_c <= C)[None, :]\n        x = tl",
+    ),
+    TritonMutant("rank off by one", _DISPATCH, "axis=0) - 1)", "axis=0))"),
+    TritonMutant("scale low", _QUANTIZE, "bitcast=True) + low_G.to(tl.int32)", "bitcast=True)"),
+    TritonMutant("bound", _QUANTIZE, "byte < num_bytes)", "byte <= num_bytes)"),
+    TritonMutant("mask dropped", _DECODE, "inside = inside & (i >= 0)", "pass"),
+    TritonMutant("stride swapped", _MASKED, "place = slot * INNER", "place = slot * COLUMNS"),
+    TritonMutant("mask dropped", _MASKED, "tl.where(live, new, old)", "new"),
+    TritonMutant(
+        "count of frozen", _MASKED, "count + 1.0, mask=frozen == 0", "count + 1.0, mask=unit < U"
+    ),
+]
+
+
+Run = Callable[[str, tuple[Any, ...]], Any]  # of an op's name and arguments
 _FOUND = 3  # exit code; 1 is a traceback's
 
 
-def _survives(mutant: Mutant, library: Path | None, compiled: cuda_host.Compiled | None) -> bool:
-    """Whether every case comes out right in every order."""
-    for name in mutant.ops:
+def _survives(names: tuple[str, ...], runs: Iterable[Run]) -> bool:
+    """Whether every case of the ops comes out right in every run."""
+    for run, name in product(runs, names):
         op = OPS[name]
-        runs: list[Any] = [cuda_host.OnPtx(compiled, count=False)] if compiled else []
-        runs += [cuda_host.OnEmulator(library, order) for order in cuda_host.ORDERS if library]
-        for run, dtype in product(runs, op.dtypes[:2]):
+        for dtype in op.dtypes[:2]:
             for _, args in op.cases(dtype):
                 try:
-                    got = op.cuda(run, *args)
-                    op.check(got if len(got) > 1 else got[0], args)
+                    op.check(run(name, args), args)
                 except (KernelError, AssertionError, RuntimeError):
                     return False
     return True
 
 
-def _emulate(mutant: Mutant, library: Path) -> None:
-    sys.exit(0 if _survives(mutant, library, None) else _FOUND)
+def _launcher(call: Any, name: str, args: tuple[Any, ...]) -> Any:
+    return OPS[name].cuda(call, *args)
+
+
+def _emulate(names: tuple[str, ...], library: Path) -> None:
+    orders = [cuda_host.OnEmulator(library, order) for order in cuda_host.ORDERS]
+    sys.exit(0 if _survives(names, [partial(_launcher, call) for call in orders]) else _FOUND)
 
 
 def _killed(mutant: Mutant, source: Path, folder: Path) -> bool:
     if mutant.rung == "ptx":
-        return not _survives(mutant, None, cuda_host.compile_ptx(source, folder))
+        machine = cuda_host.OnPtx(cuda_host.compile_ptx(source, folder), count=False)
+        return not _survives(mutant.ops, [partial(_launcher, machine)])
     # It may write where nothing is: a process of its own may die of it.
     library = cuda_host.compile_emulated(source, folder)
-    child = multiprocessing.get_context("spawn").Process(target=_emulate, args=(mutant, library))
+    spawn = multiprocessing.get_context("spawn")
+    child = spawn.Process(target=_emulate, args=(mutant.ops, library))
     child.start()
     child.join()
     assert child.exitcode is not None
@@ -111,5 +191,27 @@ def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     assert _killed(mutant, source, tmp_path)
 
 
+@pytest.mark.matrix(keep=4)
+@pytest.mark.parametrize("mutant", TRITON_MUTANTS, ids=str)
+def test_triton_mutant_is_killed(mutant: TritonMutant, tmp_path: Path) -> None:
+    name = OPS[mutant.ops[0]].source
+    text = (ROOT / "gose_kernels" / "triton" / f"{name}.py").read_text()
+    assert text.count(mutant.old) == 1
+    source = tmp_path / f"{name}_mutant.py"
+    source.write_text(text.replace(mutant.old, mutant.new))
+    spec = importlib.util.spec_from_file_location(source.stem, source)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(name: str, args: tuple[Any, ...]) -> Any:
+        launcher = partial(OPS[name].run, getattr(module, name))
+        return triton_host.run_on_ptx(launcher, *args, count=False)[0]
+
+    assert not _survives(mutant.ops, [run])
+
+
 def test_every_gpu_source_has_mutants() -> None:
-    assert {OPS[op].source for m in MUTANTS for op in m.ops} == {s.stem for s in cuda_host.SOURCES}
+    sources = {s.stem for s in cuda_host.SOURCES}
+    assert {OPS[op].source for m in TRITON_MUTANTS for op in m.ops} == sources
+    assert {OPS[op].source for m in MUTANTS for op in m.ops} == sources

@@ -11,6 +11,7 @@ from tests.gpu.ops import OPS, arguments, every_case, same_bits
 from tests.ptx import machine
 
 
+@pytest.mark.matrix(keep=150)
 @pytest.mark.parametrize(("name", "dtype", "case"), every_case())
 def test_cuda_kernel(
     name: str, dtype: torch.dtype, case: str, ptx: dict[str, cuda_host.Compiled]
@@ -24,6 +25,7 @@ def test_cuda_kernel(
     assert all(same_bits(outputs[0], other) for other in outputs[1:])
 
 
+@pytest.mark.matrix(keep=150)
 @pytest.mark.parametrize(("name", "dtype", "case"), every_case())
 def test_triton_kernel(name: str, dtype: torch.dtype, case: str) -> None:
     op, args = OPS[name], arguments(name, dtype, case)

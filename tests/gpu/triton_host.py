@@ -35,6 +35,7 @@ class Launched(NamedTuple):
     compiled: Any
     grid: tuple[int, int, int]
     args: list[tuple[str, Any]]
+    declared: dict[str, Any]  # what the kernel tells profilers of this launch
 
 
 class _Driver:
@@ -64,7 +65,9 @@ def launches_go_to(target: str, execute: Callable[[Launched], None]) -> Iterator
         bound = self.signature.bind(*args, **given).arguments
         types = kernel.src.signature
         sizes = (*grid, 1, 1)[:3]
-        execute(Launched(kernel, sizes, [(types[n], bound[n]) for n in self.signature.parameters]))
+        declared = self.launch_metadata(sizes, kernel.metadata, bound)
+        values = [(types[n], bound[n]) for n in self.signature.parameters]
+        execute(Launched(kernel, sizes, values, declared))
         return kernel
 
     driver.set_active(_Driver(target))
@@ -81,8 +84,10 @@ class OnPtx:
 
     def __init__(self, **options: Any) -> None:
         self.options, self.counts = options, Counts()
+        self.declared: list[dict[str, Any]] = []
 
     def __call__(self, launched: Launched) -> None:
+        self.declared.append(launched.declared)
         ((_, kernel),) = kernels(launched.compiled.asm["ptx"]).items()
         values: list[tuple[Any, int]] = []
         spans = {}

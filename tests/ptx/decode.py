@@ -13,8 +13,8 @@ from tests.ptx.arithmetic import NUMPY
 from tests.ptx.memory import Shared
 from tests.ptx.parse import SIZES, Instruction, Kernel, Operand
 
-# Where generic addresses of shared and local memory begin; real addresses lie far below.
-SHARED_WINDOW, LOCAL_WINDOW = 1 << 56, 1 << 57
+# Where generic addresses of shared, local and parameter memory begin; real addresses lie far below.
+SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = 1 << 56, 1 << 57, 3 << 56
 _SPACES = ("global", "shared", "shared::cta", "local", "param", "const")
 
 Run = Callable[[Any], None]
@@ -82,6 +82,9 @@ def _value(operand: Operand, kind: str, kernel: Kernel) -> Callable[[Any], Any]:
     if name in kernel.local:
         address = dtype.type(kernel.local[name])
         return lambda m: address
+    if name in kernel.params:
+        place = dtype.type(kernel.params[name])
+        return lambda m: place
     if name == "WARP_SZ":
         return lambda m: dtype.type(32)
     if name.startswith("%"):
@@ -303,7 +306,8 @@ def _cvt(i: Instruction, kernel: Kernel) -> Run:
 def _cvta(i: Instruction, kernel: Kernel) -> Run:
     words, kind, dst = i.opcode, i.opcode[-1], i.operands[0].name
     read = _value(i.operands[1], kind, kernel)
-    window = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW}.get(words[-2], 0)
+    windows = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
+    window = windows.get(words[-2], 0)
     move = np.uint64(window)
     if "to" in words:
         return lambda m: m.put(dst, read(m) - move)
@@ -338,7 +342,7 @@ def _resolve(m: Any, space: str, address: np.ndarray) -> tuple[str, np.ndarray]:
     windows = address >> np.uint64(56)
     if (windows != windows[0]).any():
         raise m.fault("unsupported", "one generic access to several spaces")
-    found = {0: "global", 1: "shared", 2: "local"}[int(windows[0])]
+    found = {0: "global", 1: "shared", 2: "local", 3: "param"}[int(windows[0])]
     return found, address & np.uint64(SHARED_WINDOW - 1)
 
 
@@ -352,7 +356,7 @@ def _ld(i: Instruction, kernel: Kernel) -> Run:
     dtype = NUMPY[kind]
     out = i.operands[0]
     names = [p.name for p in out.parts] if out.kind == "vector" else [out.name]
-    if space == "param":
+    if space == "param" and i.operands[1].name in kernel.params:
         base = kernel.params[i.operands[1].name] + i.operands[1].offset
 
         def parameter(m: Any) -> None:
@@ -383,6 +387,11 @@ def _read(m: Any, space: str, address: np.ndarray, size: int, count: int, what: 
     if space == "local":
         at = address.astype(np.int64)[:, None] + np.arange(size * count)
         return m.local[m.lanes[:, None], at].view(f"u{size}")
+    if space == "param":
+        at = address.astype(np.int64)[:, None] + np.arange(size * count)
+        if (at < 0).any() or (at >= len(m.params)).any():
+            raise m.fault("out of bounds", f"{what} reads past the parameters")
+        return m.params[at].view(f"u{size}")
     block = m.block[m.lanes]
     if m.counting:
         m.memory.count(m.counts, m.lanes, address, size * count, block)

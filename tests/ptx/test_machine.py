@@ -459,6 +459,22 @@ def test_atomics_of_all_threads() -> None:
         assert (out[0] < out[120]) == (order != "reverse") or order == "random"
 
 
+def test_parameters_by_address() -> None:
+    """Every thread reads an 8-byte parameter of its own: alone, and through a generic address."""
+    out, other = _aligned(4, "u8"), _aligned(1, "u8")
+    body = (
+        "mov.b64 %d12, p0; cvta.param.u64 %d13, %d12; mul.wide.u32 %d9, %r0, 8;"
+        "and.b64 %d9, %d9, 8; add.u64 %d14, %d12, %d9; add.u64 %d15, %d13, %d9;"
+        "ld.param.u64 %d16, [%d14]; ld.u64 %d17, [%d15]; sub.u64 %d18, %d16, %d17;"
+        "add.u64 %d18, %d18, %d16; mul.wide.u32 %d9, %r0, 8; add.u64 %d10, %d0, %d9;"
+        "st.global.u64 [%d10], %d18;"
+    )
+    _run(body, out, other, threads=4)
+    assert out.tolist() == [out.ctypes.data, other.ctypes.data] * 2
+    with pytest.raises(KernelError, match="out of bounds"):
+        _run("mov.b64 %d12, p0; ld.param.u64 %d16, [%d12+16];", out, other)
+
+
 # ---- counts ----------------------------------------------------------------------------------
 
 

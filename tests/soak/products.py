@@ -274,7 +274,9 @@ def _check_gradients(
             out_TD, list(wanted.values()), grad_TD, allow_unused=True, retain_graph=True
         )
     with draw.threads():
-        again = torch.autograd.grad(out_TD, list(wanted.values()), grad_TD, allow_unused=True)
+        again = torch.autograd.grad(
+            out_TD, list(wanted.values()), grad_TD, allow_unused=True, retain_graph=True
+        )
     _, pre_NH = torch.ops.gose.expert_mlp_train(*args, **options, backend="cpu")
     assert_within("expert_mlp_train, pre", pre_NH[:used], *pre, dtype)
     assert not bool(pre_NH[used:].any()), "expert_mlp_train, pre: rows of unused slots are not 0"
@@ -286,3 +288,26 @@ def _check_gradients(
         assert_same_bits(f"expert_mlp, gradient of {name}, repeated", two, one)
         of = torch.float32 if name == "weight" else dtype
         assert_within(f"expert_mlp, gradient of {name}", one, *gradients[name], of)
+    if draw.chance(0.4):
+        _check_added(draw, wanted, out_TD, grad_TD, gradients)
+
+
+def _check_added(
+    draw: Draw,
+    leaves: dict[int, Any],
+    out_TD: Tensor,
+    grad_TD: Tensor,
+    gradients: dict[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Gradients of the weights, added to what is there; what gets none keeps its bits."""
+    before = {i: draw.normal(*w.shape, dtype=w.dtype) for i, w in leaves.items() if i in (3, 4)}
+    for i, there in before.items():
+        leaves[i].grad = there.clone()
+    with draw.threads(), gk.memory.fused_grad_accumulation():
+        out_TD.backward(grad_TD)
+    for i, there in before.items():
+        name, got = _LEAVES[i], leaves[i].grad
+        true, bound = gradients[name]
+        added = there.double() + true
+        bound = (bound + bounds.rounded(added, there.dtype)).where(true != 0, 0.0)
+        assert_within(f"expert_mlp, added gradient of {name}", got, added, bound, there.dtype)
