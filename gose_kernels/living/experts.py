@@ -48,7 +48,8 @@ def _alone(change: _Change) -> _Change:
 class LivingExperts:
     """Stable names for the experts of one layer, and what can be done to them.
 
-    layer      gk.MoE, or a model's block after `huggingface.replace_moe_layers(model, router={})`
+    layer      gk.MoE, or a model's block after `huggingface.replace_moe_layers(model, router={})`,
+               its experts kept as they are or packed or quantized only
     capacity   slots for experts; None: as many as there are experts
     names      of the experts that are there, in order; None: expert0, expert1, ...
     optimizer  one whose state follows: gk.optim.Masked*, or one of torch.optim, of which state of
