@@ -239,7 +239,8 @@ class Shared:
             )
         shadow = self.reader.reshape(-1, whole)
         known = shadow[at]
-        shadow[at] = np.where(known == 0, me, known)
+        # Reads before a warp sync are ordered for this warp; `me` keeps all others away as well.
+        shadow[at] = np.where((known == 0) | (known == warp), me, known)
         known = shadow[at]  # now with the readers of this very instruction
         if (alone := (known == me).all(axis=1)).all():
             return

@@ -717,3 +717,18 @@ def test_dependence_on_block_order(name: str) -> None:
 def test_unknown_instructions_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="wgmma"):
         _run("wgmma.fence.sync.aligned;")
+
+
+def test_a_thread_writes_what_its_warp_read_before_a_warp_sync() -> None:
+    """All read the first word; synced, the first thread reads it again and writes it."""
+    body = (
+        "shl.b32 %r1, %r0, 2; mov.u32 %r2, words; add.u32 %r3, %r2, %r1; st.shared.u32 [%r3], %r0;"
+        "bar.sync 0; ld.shared.u32 %r4, [%r2]; {sync} ld.shared.u32 %r5, [%r3];"
+        "add.u32 %r6, %r5, 7; st.shared.u32 [%r3], %r6; bar.warp.sync -1;"
+        "ld.shared.u32 %r7, [%r2]; st.global.u32 [%d10], %r7;"
+    )
+    shared, out = ".shared .align 4 .b8 words[128];", _aligned(32, "u4")
+    _run(body.format(sync="bar.warp.sync -1;"), out, shared=shared)
+    assert out.tolist() == [7] * 32
+    with pytest.raises(KernelError, match="race"):
+        _run(body.format(sync=""), out, shared=shared)
