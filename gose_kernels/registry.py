@@ -50,6 +50,7 @@ class Backend(NamedTuple):
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
     by_dtype: bool = False  # why_not looks at nothing but dtypes and devices
+    never: Callable[..., str | None] | None = None  # the part of why_not that does so
     # run of the arguments that were given, (args, options), without their defaults
     given: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
     # the same for a call that is like one that was run by `given`; None for any other
@@ -165,15 +166,14 @@ def native(
     `explain`.
     """
 
-    def why_not(*args: Any, **options: Any) -> str | None:
+    def never(*args: Any) -> str | None:
         reason = _device_reason(args, device) or native_library.why_not()
         if reason is None and device == "cuda":
             reason = native_library.why_not_cuda() or cuda_reason()
-        return (
-            reason
-            or _dtype_reason(args, dtypes)
-            or (unless(*args, **options) if unless is not None else None)
-        )
+        return reason or _dtype_reason(args, dtypes)
+
+    def why_not(*args: Any, **options: Any) -> str | None:
+        return never(*args) or (unless(*args, **options) if unless is not None else None)
 
     # Looked up once, below the overload's own Python; before the library is loaded there is none.
     found: list[Any] = []
@@ -201,9 +201,9 @@ def native(
             learn(args, options)
             return out
 
-        return Backend(device, run, why_not, unless is None, run_and_learn, again, path)
+        return Backend(device, run, why_not, unless is None, never, run_and_learn, again, path)
     if pack is None:
-        return Backend(device, run, why_not, by_dtype=unless is None, path=path)
+        return Backend(device, run, why_not, unless is None, never, path=path)
     packed = lru_cache(maxsize=256)(pack)
 
     def given(args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -212,7 +212,7 @@ def native(
         except (IndexError, TypeError, RuntimeError):  # not found yet, a list has no hash, refused
             return run(*args, **options)
 
-    return Backend(device, run, why_not, by_dtype=unless is None, given=given)
+    return Backend(device, run, why_not, unless is None, never, given)
 
 
 def triton(
@@ -422,6 +422,8 @@ class Op:
         bound, bound_options, _ = self._bind(args, options)
         for b in self.backends:
             if not b.by_dtype:
+                if b.never is not None and b.never(*bound) is not None:
+                    continue
                 return None
             if b.why_not(*bound, **bound_options) is None:
                 tail = bound[len(args) :]

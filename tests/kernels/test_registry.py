@@ -293,3 +293,10 @@ def test_declared_cost_of_the_example_is_positive(name: str) -> None:
     assert cost.tokens > 0
     assert cost.bytes > 0
     assert cost.flops >= 0
+
+
+def test_a_backend_elsewhere_that_looks_at_values_slows_no_call():
+    """route's CUDA kernel has limits; on the CPU a signature still goes straight to its backend."""
+    score_TE = torch.ones(4, 8)
+    assert gk.OPS["route"]._find_direct((score_TE, 2), {}) is not None
+    assert gk.OPS["route"]._find_direct((score_TE.to("meta"), 2), {}) is None
