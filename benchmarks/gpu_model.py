@@ -128,15 +128,50 @@ FLOPS: dict[str, Callable[..., int]] = {
     **{f"masked_{rule}_": partial(_masked_flops, f"masked_{rule}_") for rule in MASKED},
 }
 # Ops whose exponentials the closed forms leave out: what is counted is no less.
-AT_LEAST = ("entropy", "entropy_backward", "masked_adam_")
+AT_LEAST = (
+    *("entropy", "entropy_backward", "distill_loss", "distill_loss_train"),
+    *("route", "route_backward", "masked_adam_"),
+)
 # Kernels of one call, where there are several.
-LAUNCHES = {"dispatch": 3, "masked_adam_": 2}
+LAUNCHES = {
+    "dispatch": 3,
+    "distill_loss": 2,
+    "distill_loss_train": 2,
+    "route": 2,
+    "route_backward": 3,
+    "masked_adam_": 2,
+}
+
+
+def _route_scratch(backend: str, score: Tensor) -> int:
+    """Sums of every program's tokens, written and read again; and totals, read for the losses."""
+    T, E = score.shape
+    rows = 16 if backend == "cuda" else max(1, 1024 // _power_of_two(E))
+    programs = -(-T // (rows * max(-(-16 // rows), -(-T // (512 * rows)))))
+    return int(2 * programs * (8 * E + 12) + 12 * E)
+
+
+def _route_backward_scratch(backend: str, score: Tensor) -> int:
+    """What says which tokens and experts take part: some rows, a sector of every other one, a flag
+    an expert of every part; and what all tokens share."""
+    T, E = score.shape
+    rows = 4 if backend == "cuda" else max(1, 256 // _power_of_two(E))
+    tokens = 16 * max(1, -(-T // (16 * 512)))
+    parts = -(-T // (64 * -(-tokens // 64)))
+    flags = parts * (rows * E * score.element_size() + 2 * E + 8)
+    return int(flags + 32 * T + 9 * E + 16)
 
 
 def scratch_bytes(op: str, backend: str, *args: Any) -> int:
     """At most so many bytes does a call move besides its inputs and outputs, each once: counts of
-    chunks, written, scanned and read again, inputs that a later launch reads again, numbers that
-    every launch reads."""
+    chunks, written, scanned and read again, inputs and sums that a later launch reads again, and
+    numbers that every launch reads."""
+    if op == "route":
+        return _route_scratch(backend, args[0])
+    if op == "route_backward":
+        return _route_backward_scratch(backend, args[0])
+    if op.startswith("distill_loss"):
+        return int(4 * args[0].shape[0] + 4)  # the terms, and their mean
     if op in FLOPS and op.startswith("masked"):
         return int(args[7].element_size() + 4 * len(args[3]))
     if op != "dispatch":
@@ -157,8 +192,9 @@ class Work:
 def work(op: str, backend: str, *args: Any, **options: Any) -> Work:
     """Bytes, flops and launches of a call of a GPU kernel, by closed forms.
 
-    The flops of entropy are its declared ones: exponentials and rescaling come on top, and how
-    often a sum is rescaled depends on the data. So do those of adam's bias corrections.
+    The flops of entropy, route and distill_loss are the declared ones: exponentials come on top,
+    and how often a sum is rescaled or a series is taken depends on the data. So do those of adam's
+    bias corrections.
     """
     cost = gk.OPS[op].cost_of(*args, **options)
     if op in FLOPS:
@@ -187,6 +223,21 @@ def _combine(s: Shape) -> tuple[Any, ...]:
     return y, _meta(*slots, dtype=torch.float32), _meta(*slots, dtype=torch.int32)
 
 
+def _distill(s: Shape) -> tuple[Any, ...]:
+    """T samples of 4 * D classes."""
+    logits = (s.T, 4 * s.D)
+    return _meta(*logits), _meta(*logits), _meta(s.T, dtype=torch.int64)
+
+
+def _route_backward(s: Shape) -> tuple[Any, ...]:
+    """Gradients of the weights and of the losses."""
+    f32, i32 = torch.float32, torch.int32
+    slots = (s.T, s.K)
+    outputs = (_meta(*slots, dtype=i32), _meta(s.E, dtype=i32), _meta(s.E, dtype=f32))
+    grads = (_meta(*slots, dtype=f32), None, None, _meta(5, dtype=f32))
+    return (_meta(s.T, s.E, dtype=f32), s.K, *[None] * 4, *outputs, *grads)
+
+
 def _coded(s: Shape) -> tuple[Tensor, Tensor]:
     """Code and scales of an update of T rows of width D, int8_b256_f32."""
     P = s.T * s.D
@@ -208,6 +259,8 @@ ARGUMENTS: dict[str, Callable[[Shape], tuple[Any, ...]]] = {
     "dequantize": lambda s: (*_coded(s), s.T * s.D),
     "dequantize_add_": lambda s: (_meta(s.T * s.D, dtype=torch.float32), *_coded(s)),
     "dispatch": lambda s: (_meta(s.T, s.K, dtype=torch.int32), s.E),
+    "distill_loss": _distill,
+    "distill_loss_train": _distill,
     "entropy": lambda s: (_meta(s.T, s.E, dtype=torch.float32),),
     "entropy_backward": lambda s: (
         _meta(s.T, dtype=torch.float32),
@@ -220,6 +273,8 @@ ARGUMENTS: dict[str, Callable[[Shape], tuple[Any, ...]]] = {
         _meta(s.T, s.D, dtype=torch.float32),
         _meta(s.T, s.D, dtype=torch.float32),
     ),
+    "route": lambda s: (_meta(s.T, s.E, dtype=torch.float32), s.K),
+    "route_backward": _route_backward,
 }
 
 

@@ -100,9 +100,10 @@ Tensor route_backward(Tensor options, Tensor score_TE, int64_t top_k,
                       std::optional<Tensor> grad_weight_TK, std::optional<Tensor> grad_entropy_T,
                       std::optional<Tensor> grad_importance_E, std::optional<Tensor> grad_loss_L) {
   const RouteTensors given = {entropy_TE, entropy_E, bias_E, noise_TE};
-  RouteBackwardCall call = prepare_route_backward(
-      score_TE, top_k, given, expert_TK, load_E, importance_E, grad_weight_TK, grad_entropy_T,
-      grad_importance_E, grad_loss_L, RouteOptions(options));
+  RouteBackwardCall call = prepare_route_backward(score_TE, top_k, given,
+                                                  {expert_TK, load_E, importance_E, grad_weight_TK,
+                                                   grad_entropy_T, grad_importance_E, grad_loss_L},
+                                                  RouteOptions(options));
   cpu::kernels().route_backward(call.params, kTorchThreads);
   const Tensor& ranked = entropy_TE ? *entropy_TE : entropy_E ? *entropy_E : score_TE;
   const Tensor grad = call.grad.tensor();
@@ -496,16 +497,6 @@ void dequantize_add(Tensor acc_P, Tensor code, Tensor scale, std::optional<Tenso
   run_dequantize(code_1, scale_1, live, acc_P, format, true, weight);
 }
 
-#define GOSE_DISTILL_ARGUMENTS                                                     \
-  Tensor student_BC, Tensor teacher, Tensor label, std::optional<Tensor> weight_B, \
-      std::optional<Tensor> task_weight_B, std::optional<Tensor> teacher_id_BJ,    \
-      std::optional<Tensor> teacher_tail_B, double task_weight, double tau,        \
-      double label_smoothing, std::string kl_reduction, std::string reduction
-#define GOSE_DISTILL_CALL                                                                 \
-  {student_BC, teacher, label, weight_B, task_weight_B, teacher_id_BJ, teacher_tail_B}, { \
-    task_weight, tau, label_smoothing, kl_reduction, reduction                            \
-  }
-
 void run_distill(const DistillParams& params) {
   cpu::kernels().distill_loss(params, kTorchThreads);
 }
@@ -518,9 +509,6 @@ std::tuple<Tensor, Tensor> distill_loss_train(GOSE_DISTILL_ARGUMENTS) {
   const DistillResult result = distill("distill_loss", GOSE_DISTILL_CALL, true, run_distill);
   return {result.loss, result.grad};
 }
-
-#undef GOSE_DISTILL_ARGUMENTS
-#undef GOSE_DISTILL_CALL
 
 std::tuple<Tensor, Tensor> squared_grad(Tensor x_ND, Tensor grad_NF, std::optional<Tensor> sample_N,
                                         std::optional<Tensor> offset_E1) {
@@ -589,13 +577,13 @@ STABLE_TORCH_LIBRARY(gose_native, m) {
   m.def(
       "dequantize_at(Tensor(a!) out_P, Tensor code, Tensor scale, Tensor? place_L, str format, "
       "float? weight) -> ()");
-#define GOSE_DISTILL_ARGUMENTS                                                                  \
+#define GOSE_DISTILL_SCHEMA                                                                     \
   "(Tensor student_BC, Tensor teacher, Tensor label, Tensor? weight_B, Tensor? task_weight_B, " \
   "Tensor? teacher_id_BJ, Tensor? teacher_tail_B, float task_weight, float tau, "               \
   "float label_smoothing, str kl_reduction, str reduction)"
-  m.def("distill_loss" GOSE_DISTILL_ARGUMENTS " -> Tensor");
-  m.def("distill_loss_train" GOSE_DISTILL_ARGUMENTS " -> (Tensor, Tensor)");
-#undef GOSE_DISTILL_ARGUMENTS
+  m.def("distill_loss" GOSE_DISTILL_SCHEMA " -> Tensor");
+  m.def("distill_loss_train" GOSE_DISTILL_SCHEMA " -> (Tensor, Tensor)");
+#undef GOSE_DISTILL_SCHEMA
   m.def(
       "squared_grad(Tensor x_ND, Tensor grad_NF, Tensor? sample_N, Tensor? offset_E1) -> "
       "(Tensor, Tensor)");

@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "bind_combine.h"
+#include "bind_distill.h"
 #include "bind_quantize.h"
+#include "bind_route_device.h"
 #include "bind_routing.h"
 #include "cuda/kernels.h"
 
@@ -242,6 +244,46 @@ void masked_lion(Tensors param, Tensors grad, Tensors state, Tensors step, Tenso
   UpdateCall(a, 1, false).run(run, scalar);
 }
 
+Tensor distill_loss(GOSE_DISTILL_ARGUMENTS) {
+  const char* op = "distill_loss";
+  const DistillDeviceCall call = prepare_distill_device(op, GOSE_DISTILL_CALL, false);
+  launch(op, call.source.student, call.params, &cuda::distill_loss);
+  return call.loss;
+}
+
+std::tuple<Tensor, Tensor> distill_loss_train(GOSE_DISTILL_ARGUMENTS) {
+  const char* op = "distill_loss_train";
+  const DistillDeviceCall call = prepare_distill_device(op, GOSE_DISTILL_CALL, true);
+  launch(op, call.source.student, call.params, &cuda::distill_loss);
+  return {call.loss, call.grad};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> route(
+    Tensor options, Tensor score_TE, int64_t top_k, std::optional<Tensor> entropy_TE,
+    std::optional<Tensor> entropy_E, std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE) {
+  const RouteDeviceCall call = prepare_route_device(
+      score_TE, top_k, {entropy_TE, entropy_E, bias_E, noise_TE}, RouteOptions(options));
+  launch("route", call.source.score, call.params, &cuda::route);
+  return {call.weight, call.expert, call.entropy, call.load, call.importance, call.loss};
+}
+
+Tensor route_backward(Tensor options, Tensor score_TE, int64_t top_k,
+                      std::optional<Tensor> entropy_TE, std::optional<Tensor> entropy_E,
+                      std::optional<Tensor> bias_E, std::optional<Tensor> noise_TE,
+                      Tensor expert_TK, Tensor load_E, Tensor importance_E,
+                      std::optional<Tensor> grad_weight_TK, std::optional<Tensor> grad_entropy_T,
+                      std::optional<Tensor> grad_importance_E, std::optional<Tensor> grad_loss_L) {
+  const RouteBackwardDeviceCall call =
+      prepare_route_backward_device(score_TE, top_k, {entropy_TE, entropy_E, bias_E, noise_TE},
+                                    {expert_TK, load_E, importance_E, grad_weight_TK,
+                                     grad_entropy_T, grad_importance_E, grad_loss_L},
+                                    RouteOptions(options));
+  launch("route_backward", call.source.score, call.params, &cuda::route_backward);
+  const Tensor& ranked = entropy_TE ? *entropy_TE : entropy_E ? *entropy_E : score_TE;
+  const bool same = ranked.scalar_type() == call.grad.scalar_type();
+  return same ? call.grad : torch::stable::to(call.grad, ranked.scalar_type());
+}
+
 }  // namespace
 }  // namespace gose
 
@@ -250,10 +292,14 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CUDA, m) {
   m.impl("combine_backward", TORCH_BOX(&gose::combine_backward));
   m.impl("dequantize_at", TORCH_BOX(&gose::dequantize_at));
   m.impl("dispatch", TORCH_BOX(&gose::dispatch));
+  m.impl("distill_loss", TORCH_BOX(&gose::distill_loss));
+  m.impl("distill_loss_train", TORCH_BOX(&gose::distill_loss_train));
   m.impl("entropy", TORCH_BOX(&gose::entropy));
   m.impl("entropy_backward", TORCH_BOX(&gose::entropy_backward));
   m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
   m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
   m.impl("quantize_at", TORCH_BOX(&gose::quantize_at));
+  m.impl("route", TORCH_BOX(&gose::route));
+  m.impl("route_backward", TORCH_BOX(&gose::route_backward));
 }

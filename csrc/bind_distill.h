@@ -1,10 +1,21 @@
-// Checks and allocation of distill_loss on the CPU.
+// Checks and allocation of distill_loss.
 #pragma once
 
 #include <optional>
 #include <vector>
 
 #include "bind_routing.h"
+
+// The arguments of both ops, and what the functions below take of them.
+#define GOSE_DISTILL_ARGUMENTS                                                     \
+  Tensor student_BC, Tensor teacher, Tensor label, std::optional<Tensor> weight_B, \
+      std::optional<Tensor> task_weight_B, std::optional<Tensor> teacher_id_BJ,    \
+      std::optional<Tensor> teacher_tail_B, double task_weight, double tau,        \
+      double label_smoothing, std::string kl_reduction, std::string reduction
+#define GOSE_DISTILL_CALL                                                                 \
+  {student_BC, teacher, label, weight_B, task_weight_B, teacher_id_BJ, teacher_tail_B}, { \
+    task_weight, tau, label_smoothing, kl_reduction, reduction                            \
+  }
 
 namespace gose {
 
@@ -118,6 +129,65 @@ inline Tensor floats(const Tensor& t) {
   return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
 }
 
+// A checked call as the kernels read it; params without grad and bad.
+struct DistillSource {
+  Tensor student, teacher, label;
+  std::optional<Tensor> weight, task_weight, id, tail;
+  Tensor term;
+  DistillParams params;
+};
+
+inline DistillSource prepare_distill(const char* op, const DistillTensors& in,
+                                     const DistillOptions& o) {
+  check_distill(op, in, o);
+  const DType dtype = float_dtype(op, "student_BC", in.student_BC);
+  const int64_t B = in.student_BC.size(0), C = in.student_BC.size(1);
+  const bool hard = in.label.dim() == 1;
+  const auto given = [](const std::optional<Tensor>& t) {
+    return t ? std::optional<Tensor>(floats(*t)) : std::nullopt;
+  };
+  const auto pointer = [](const std::optional<Tensor>& t) {
+    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  };
+  DistillSource s;
+  s.student = rows_contiguous(in.student_BC);
+  s.teacher = readable(in.teacher);
+  s.label = hard ? torch::stable::contiguous(in.label) : readable(in.label);
+  s.weight = given(in.weight_B);
+  s.task_weight = given(in.task_weight_B);
+  s.tail = given(in.teacher_tail_B);
+  if (in.teacher_id_BJ) s.id = torch::stable::contiguous(*in.teacher_id_BJ);
+  s.term = torch::stable::new_empty(s.student, {B}, ScalarType::Float);
+  s.params = {
+      .student = s.student.const_data_ptr(),
+      .teacher = s.teacher.const_data_ptr(),
+      .label = hard ? static_cast<const int64_t*>(s.label.const_data_ptr()) : nullptr,
+      .soft = hard ? nullptr : s.label.const_data_ptr(),
+      .weight = pointer(s.weight),
+      .task_weight_B = pointer(s.task_weight),
+      .id = s.id ? static_cast<const int64_t*>(s.id->const_data_ptr()) : nullptr,
+      .tail = pointer(s.tail),
+      .term = static_cast<float*>(s.term.mutable_data_ptr()),
+      .grad = nullptr,
+      .bad = nullptr,
+      .B = B,
+      .C = C,
+      .J = s.teacher.size(1),
+      .stride_sb = s.student.stride(0),
+      .stride_tb = s.teacher.stride(0),
+      .stride_lb = s.label.stride(0),
+      .task_weight = float(o.task_weight),
+      .inverse_tau = float(1 / o.tau),
+      .smoothing = float(o.label_smoothing),
+      .kl_scale = float(o.tau * o.tau / (o.kl_reduction == "numel" ? double(C) : 1.0)),
+      .grad_scale = o.reduction == "mean" && B > 0 ? 1.f / float(B) : 1.f,
+      .dtype = dtype,
+      .teacher_dtype = float_dtype(op, "teacher", s.teacher),
+      .soft_dtype = hard ? DType::kFloat32 : float_dtype(op, "label", s.label),
+  };
+  return s;
+}
+
 struct DistillResult {
   Tensor loss, grad;
 };
@@ -126,62 +196,64 @@ struct DistillResult {
 template <class Kernel>
 inline DistillResult distill(const char* op, const DistillTensors& in, const DistillOptions& o,
                              bool with_grad, const Kernel& kernel) {
-  check_distill(op, in, o);
-  const DType dtype = float_dtype(op, "student_BC", in.student_BC);
-  const int64_t B = in.student_BC.size(0), C = in.student_BC.size(1);
-  const bool hard = in.label.dim() == 1, mean = o.reduction == "mean";
-  const Tensor student = rows_contiguous(in.student_BC), teacher = readable(in.teacher);
-  const Tensor label = hard ? torch::stable::contiguous(in.label) : readable(in.label);
-  const auto given = [](const std::optional<Tensor>& t) {
-    return t ? std::optional<Tensor>(floats(*t)) : std::nullopt;
-  };
-  const auto pointer = [](const std::optional<Tensor>& t) {
-    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-  };
-  const std::optional<Tensor> weight = given(in.weight_B), task_weight = given(in.task_weight_B);
-  const std::optional<Tensor> tail = given(in.teacher_tail_B);
-  std::optional<Tensor> id;
-  if (in.teacher_id_BJ) id = torch::stable::contiguous(*in.teacher_id_BJ);
-  Tensor term = torch::stable::new_empty(student, {B}, ScalarType::Float);
-  Tensor grad = with_grad ? on_huge_pages(torch::stable::new_empty(student, {B, C}),
-                                          B * C * student.element_size())
-                          : term;
+  DistillSource s = prepare_distill(op, in, o);
+  const int64_t B = s.params.B, C = s.params.C;
+  Tensor grad = s.term;
+  if (with_grad) {
+    grad = on_huge_pages(torch::stable::new_empty(s.student, {B, C}),
+                         B * C * s.student.element_size());
+    s.params.grad = grad.mutable_data_ptr();
+  }
   std::vector<DistillBad> bad(B, DistillBad::kNothing);
-  kernel({
-      .student = student.const_data_ptr(),
-      .teacher = teacher.const_data_ptr(),
-      .label = hard ? static_cast<const int64_t*>(label.const_data_ptr()) : nullptr,
-      .soft = hard ? nullptr : label.const_data_ptr(),
-      .weight = pointer(weight),
-      .task_weight_B = pointer(task_weight),
-      .id = id ? static_cast<const int64_t*>(id->const_data_ptr()) : nullptr,
-      .tail = pointer(tail),
-      .term = static_cast<float*>(term.mutable_data_ptr()),
-      .grad = with_grad ? grad.mutable_data_ptr() : nullptr,
-      .bad = bad.data(),
-      .B = B,
-      .C = C,
-      .J = teacher.size(1),
-      .stride_sb = student.stride(0),
-      .stride_tb = teacher.stride(0),
-      .stride_lb = label.stride(0),
-      .task_weight = float(o.task_weight),
-      .inverse_tau = float(1 / o.tau),
-      .smoothing = float(o.label_smoothing),
-      .kl_scale = float(o.tau * o.tau / (o.kl_reduction == "numel" ? double(C) : 1.0)),
-      .grad_scale = mean && B > 0 ? 1.f / float(B) : 1.f,
-      .dtype = dtype,
-      .teacher_dtype = float_dtype(op, "teacher", teacher),
-      .soft_dtype = hard ? DType::kFloat32 : float_dtype(op, "label", label),
-  });
+  s.params.bad = bad.data();
+  kernel(s.params);
   check_values(op, bad, C);
-  if (!mean) return {term, grad};
+  if (o.reduction != "mean") return {s.term, grad};
   double total = 0;
-  const float* terms = static_cast<const float*>(term.const_data_ptr());
-  for (int64_t n = 0; n < B; ++n) total += terms[n];
-  Tensor loss = torch::stable::new_empty(student, {}, ScalarType::Float);
+  for (int64_t n = 0; n < B; ++n) total += s.params.term[n];
+  Tensor loss = torch::stable::new_empty(s.student, {}, ScalarType::Float);
   *static_cast<float*>(loss.mutable_data_ptr()) = float(total / double(B > 0 ? B : 1));
   return {loss, grad};
+}
+
+struct DistillDeviceCall {
+  DistillSource source;
+  Tensor loss, grad;
+  std::optional<Tensor> seen;
+  DistillDeviceParams params = {};
+};
+
+inline DistillDeviceCall prepare_distill_device(const char* op, const DistillTensors& in,
+                                                const DistillOptions& o, bool with_grad) {
+  DistillDeviceCall call;
+  call.source = prepare_distill(op, in, o);
+  const Tensor& student = call.source.student;
+  check_device(op, "teacher", in.teacher, "student_BC", student);
+  check_device(op, "label", in.label, "student_BC", student);
+  const std::pair<const char*, const std::optional<Tensor>*> others[] = {
+      {"weight_B", &in.weight_B},
+      {"task_weight_B", &in.task_weight_B},
+      {"teacher_id_BJ", &in.teacher_id_BJ},
+      {"teacher_tail_B", &in.teacher_tail_B},
+  };
+  for (const auto& [name, t] : others) {
+    if (*t) check_device(op, name, **t, "student_BC", student);
+  }
+  call.loss = call.grad = call.source.term;
+  call.params.in = call.source.params;
+  if (with_grad) {
+    call.grad = torch::stable::new_empty(student, sizes_of(student, 2));
+    call.params.in.grad = call.grad.mutable_data_ptr();
+  }
+  if (in.teacher_id_BJ) {
+    call.seen = torch::stable::new_zeros(student, sizes_of(student, 2), ScalarType::Byte);
+    call.params.seen = static_cast<uint8_t*>(call.seen->mutable_data_ptr());
+  }
+  if (o.reduction == "mean") {
+    call.loss = torch::stable::new_empty(student, {}, ScalarType::Float);
+    call.params.loss = static_cast<float*>(call.loss.mutable_data_ptr());
+  }
+  return call;
 }
 
 }  // namespace gose

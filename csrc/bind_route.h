@@ -124,45 +124,30 @@ inline std::byte* small_scratch(int64_t count, std::unique_ptr<std::byte[]>& lar
   return large.get();
 }
 
-inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
-                                        const RouteTensors& given, const RouteOptions& o) {
+// The tensors of a checked call as the kernels read them, and their description. No scratch.
+inline RouteSource route_source(const Tensor& score_TE, int64_t top_k, const RouteTensors& given,
+                                const RouteOptions& o) {
   check_route(score_TE, top_k, given, o);
-  const int64_t T = score_TE.size(0), E = score_TE.size(1);
-  const int64_t blocks = std::max<int64_t>(1, (T + kRouteBlock - 1) / kRouteBlock);
-  const int64_t padded = (E + 15) / 16 * 16, rows = blocks * kRouteRows * padded;
   RouteSource s = {};
   s.score = rows_contiguous(score_TE);
   s.entropy = float_rows(given.entropy_TE ? given.entropy_TE : given.entropy_E);
   s.bias = float_rows(given.bias_E);
   s.noise = float_rows(given.noise_TE);
-  // One allocation: doubles, counts, then rows. Doubles and counts start as zeros.
-  const int64_t zeros = blocks * (3 * sizeof(double) + kRouteCounts * padded * sizeof(int32_t));
-  std::byte* const bytes = small_scratch(zeros + (rows + 2 * padded) * sizeof(float), s.large);
-  std::memset(bytes, 0, zeros);
-  double* const doubles = reinterpret_cast<double*>(bytes);
-  float* const floats = reinterpret_cast<float*>(bytes + zeros);
-  if (o.policy == RoutePolicy::kExpertChoice) {
-    s.log_p.reset(new float[T * padded]);
-    s.order.reset(new uint32_t[T * padded]);
-  } else if (o.capacity > 0 && o.priority) {
-    s.log_p.reset(new float[T]);
-    s.order.reset(new uint32_t[T * 4]);
-  }
   s.in = {
       .score = s.score.const_data_ptr(),
       .entropy = floats_of(s.entropy),
       .bias = floats_of(s.bias),
       .noise = floats_of(s.noise),
       .bands = o.bands,
-      .T = T,
-      .E = E,
+      .T = score_TE.size(0),
+      .E = score_TE.size(1),
       .K = top_k,
       .stride_st = s.score.stride(0),
       .stride_et = given.entropy_TE ? s.entropy->stride(0) : 0,
       .stride_nt = s.noise ? s.noise->stride(0) : 0,
       .num_groups = o.num_groups,
       .top_groups = o.top_groups,
-      .num_bands = o.num_bands,
+      .num_bands = o.adaptive == RouteAdaptive::kBands ? o.num_bands : 0,
       .capacity = o.capacity,
       .floor = o.entropy_floor,
       .tau = o.tau,
@@ -178,6 +163,28 @@ inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
       .priority = o.priority,
       .dtype = float_dtype("route", "score_TE", s.score),
   };
+  return s;
+}
+
+inline RouteSource prepare_route_source(const Tensor& score_TE, int64_t top_k,
+                                        const RouteTensors& given, const RouteOptions& o) {
+  RouteSource s = route_source(score_TE, top_k, given, o);
+  const int64_t T = s.in.T, E = s.in.E;
+  const int64_t blocks = std::max<int64_t>(1, (T + kRouteBlock - 1) / kRouteBlock);
+  const int64_t padded = (E + 15) / 16 * 16, rows = blocks * kRouteRows * padded;
+  // One allocation: doubles, counts, then rows. Doubles and counts start as zeros.
+  const int64_t zeros = blocks * (3 * sizeof(double) + kRouteCounts * padded * sizeof(int32_t));
+  std::byte* const bytes = small_scratch(zeros + (rows + 2 * padded) * sizeof(float), s.large);
+  std::memset(bytes, 0, zeros);
+  double* const doubles = reinterpret_cast<double*>(bytes);
+  float* const floats = reinterpret_cast<float*>(bytes + zeros);
+  if (o.policy == RoutePolicy::kExpertChoice) {
+    s.log_p.reset(new float[T * padded]);
+    s.order.reset(new uint32_t[T * padded]);
+  } else if (o.capacity > 0 && o.priority) {
+    s.log_p.reset(new float[T]);
+    s.order.reset(new uint32_t[T * 4]);
+  }
   s.scratch = {floats,        reinterpret_cast<int32_t*>(doubles + blocks * 3),
                doubles,       floats + rows,
                s.log_p.get(), s.order.get()};
@@ -211,21 +218,21 @@ inline RouteCall prepare_route(const Tensor& score_TE, int64_t top_k, const Rout
           std::move(load),   std::move(importance), std::move(loss),   params};
 }
 
-struct RouteBackwardCall {
-  RouteSource source;
-  std::vector<Tensor> read;  // contiguous inputs
-  NewTensor grad;
-  RouteBackwardParams params;
+// What route_backward takes beside route's inputs: its outputs, and a gradient of each or none.
+struct RouteUpstream {
+  Tensor expert_TK, load_E, importance_E;
+  std::optional<Tensor> grad_weight_TK, grad_entropy_T, grad_importance_E, grad_loss_L;
 };
 
-inline RouteBackwardCall prepare_route_backward(
-    const Tensor& score_TE, int64_t top_k, const RouteTensors& given, const Tensor& expert_TK,
-    const Tensor& load_E, const Tensor& importance_E, const std::optional<Tensor>& grad_weight_TK,
-    const std::optional<Tensor>& grad_entropy_T, const std::optional<Tensor>& grad_importance_E,
-    const std::optional<Tensor>& grad_loss_L, const RouteOptions& options) {
-  RouteSource source = prepare_route_source(score_TE, top_k, given, options);
-  const int64_t T = source.in.T, E = source.in.E;
-  std::vector<Tensor> read;
+// The same as the kernels read it.
+struct RouteRead {
+  std::vector<Tensor> tensors;  // contiguous
+  const int32_t *expert, *load;
+  const float *importance, *grad_weight, *grad_entropy, *grad_importance, *grad_loss;
+};
+
+inline RouteRead read_upstream(const RouteUpstream& up, int64_t T, int64_t E, int64_t K) {
+  RouteRead read = {};
   const auto pointer = [&](const char* name, const std::optional<Tensor>& t,
                            const std::vector<int64_t>& shape, ScalarType type) -> const void* {
     if (!t) return nullptr;
@@ -233,8 +240,8 @@ inline RouteBackwardCall prepare_route_backward(
       refuse("route_backward: ", name, " must be ", dtype_name(type), " of shape ",
              shape_text(shape), ", got ", dtype_name(t->scalar_type()), " of shape ", shape_of(*t));
     }
-    read.push_back(dense(*t));
-    return read.back().const_data_ptr();
+    read.tensors.push_back(dense(*t));
+    return read.tensors.back().const_data_ptr();
   };
   const auto floats = [&](const char* name, const std::optional<Tensor>& t,
                           const std::vector<int64_t>& shape) {
@@ -243,10 +250,32 @@ inline RouteBackwardCall prepare_route_backward(
   const auto ints = [&](const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
     return static_cast<const int32_t*>(pointer(name, t, shape, ScalarType::Int));
   };
-  const int32_t* expert = ints("expert_TK", expert_TK, {T, top_k});
+  read.expert = ints("expert_TK", up.expert_TK, {T, K});
+  read.load = ints("load_E", up.load_E, {E});
+  read.importance = floats("importance_E", up.importance_E, {E});
+  read.grad_weight = floats("grad_weight_TK", up.grad_weight_TK, {T, K});
+  read.grad_entropy = floats("grad_entropy_T", up.grad_entropy_T, {T});
+  read.grad_importance = floats("grad_importance_E", up.grad_importance_E, {E});
+  read.grad_loss = floats("grad_loss_L", up.grad_loss_L, {5});
+  return read;
+}
+
+struct RouteBackwardCall {
+  RouteSource source;
+  RouteRead read;
+  NewTensor grad;
+  RouteBackwardParams params;
+};
+
+inline RouteBackwardCall prepare_route_backward(const Tensor& score_TE, int64_t top_k,
+                                                const RouteTensors& given, const RouteUpstream& up,
+                                                const RouteOptions& options) {
+  RouteSource source = prepare_route_source(score_TE, top_k, given, options);
+  const int64_t T = source.in.T, E = source.in.E;
+  RouteRead read = read_upstream(up, T, E, top_k);
   for (int64_t n = 0; n < T * top_k; ++n) {
-    if (expert[n] < 0 || expert[n] > E) {
-      refuse("route_backward: expert_TK must hold experts in [0, E=", E, "], got ", expert[n]);
+    if (read.expert[n] < 0 || read.expert[n] > E) {
+      refuse("route_backward: expert_TK must hold experts in [0, E=", E, "], got ", read.expert[n]);
     }
   }
   // The gradient of entropies comes in float32 and is rounded to their dtype at the end.
@@ -254,13 +283,13 @@ inline RouteBackwardCall prepare_route_backward(
   NewTensor grad = given.entropy_E ? NewTensor({E}, type) : NewTensor({T, E}, type);
   const RouteBackwardParams params = {
       .in = source.in,
-      .expert = expert,
-      .load = ints("load_E", load_E, {E}),
-      .importance = floats("importance_E", importance_E, {E}),
-      .grad_weight = floats("grad_weight_TK", grad_weight_TK, {T, top_k}),
-      .grad_entropy = floats("grad_entropy_T", grad_entropy_T, {T}),
-      .grad_importance = floats("grad_importance_E", grad_importance_E, {E}),
-      .grad_loss = floats("grad_loss_L", grad_loss_L, {5}),
+      .expert = read.expert,
+      .load = read.load,
+      .importance = read.importance,
+      .grad_weight = read.grad_weight,
+      .grad_entropy = read.grad_entropy,
+      .grad_importance = read.grad_importance,
+      .grad_loss = read.grad_loss,
       .grad = grad.data(),
       .scratch = source.scratch,
   };

@@ -101,6 +101,33 @@ struct RouteParams {
   RouteScratch scratch;
 };
 
+// route on a GPU. Blocks of `tokens` tokens sum on their own; every array of `blocks` is theirs.
+constexpr int64_t kRouteDeviceExperts = 1024;  // rows of a token fit in shared memory
+constexpr int64_t kRouteBands = 16;
+
+enum class RoutePass : int32_t { kAll, kCount, kChoose };  // kCount, kChoose: of expert_choice
+
+struct RouteDeviceParams {
+  RouteInput in;      // bands unused
+  float* weight;      // [T, K]
+  int32_t* expert;    // [T, K], E = unused
+  float* entropy;     // [T]
+  int32_t* load;      // [E]
+  float* importance;  // [E]
+  float* loss;        // [5]
+  float* log_p;       // [E, T]: expert_choice; -infinity where the expert does not take the token
+  int16_t* level;     // [E, T] 1 + slot of the token that is the expert's, or 0: capacity
+  float* first;       // [T] log p of the first slot: capacity by priority
+  float* part_importance;  // [blocks, E]
+  float* win;              // [blocks, E], or nullptr: noise_std = 0
+  int32_t* part_count;     // [blocks, E] twice the slots, plus 1 if available to a token
+  float* part_sums;        // [blocks, 3] tokens, z, entropy
+  int64_t tokens;
+  int64_t rank_bits;  // of the largest rank of a token with an expert
+  RoutePass pass;
+  float band[16];
+};
+
 struct RouteBackwardParams {
   RouteInput in;
   const int32_t* expert;         // [T, K], load and importance: outputs of route
@@ -112,6 +139,29 @@ struct RouteBackwardParams {
   const float* grad_loss;        // [5]
   void* grad;                    // of score [T, E] dtype, or of entropy [T or 1, E] float32
   RouteScratch scratch;
+};
+
+// route_backward on a GPU: arrays of `blocks` as above; a warp looks at `live_tokens` tokens.
+struct RouteBackwardDeviceParams {
+  RouteInput in;  // bands unused
+  const int32_t* expert;
+  const int32_t* load;
+  const float* importance;
+  const float* grad_weight;
+  const float* grad_entropy;
+  const float* grad_importance;
+  const float* grad_loss;
+  void* grad;          // [T, E] dtype; of entropy [T or 1, E] float32
+  float* column;       // [E] gradient of importance, and the next three: nullptr without grad_loss
+  float* scalar;       // [2] gradient of a token's logsumexp divided by it, and of its entropy
+  uint8_t* part_live;  // [live blocks, E] 1 = available to a token
+  float* part_tokens;  // [live blocks] tokens with any expert
+  float* part_win;     // [blocks, E] sums of Phi(margin), and the next: nullptr if noise_std = 0
+  float* win_slope;    // [E] gradient of the sum of Phi(margin), divided by noise_std
+  float* part_grad;    // [blocks, E] sums of the gradient of an entropy per module
+  int64_t tokens, live_tokens;
+  bool again;  // drops hide a part of the choice that weights were normalized over
+  float band[16];
 };
 
 constexpr int64_t kUpdateChunk = 4096;  // elements that one thread updates at a time: 64 to 128 KB
@@ -375,6 +425,12 @@ struct DistillParams {         // the formulas are in gose_kernels/ops/distill_l
   float kl_scale;  // tau^2 / r
   float grad_scale;
   DType dtype, teacher_dtype, soft_dtype;
+};
+
+struct DistillDeviceParams {
+  DistillParams in;  // bad unused
+  uint8_t* seen;     // [B, C] zeros; with in.id, else nullptr
+  float* loss;       // [1] mean of the terms, or nullptr: not wanted
 };
 
 constexpr int64_t kPanelWidth = 48;  // columns by which a panel may be wider than its contents

@@ -67,7 +67,7 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The only place that launches. A grid past the limits of CUDA is an error, not a truncated grid.
 template <typename Params>

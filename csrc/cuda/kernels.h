@@ -12,11 +12,14 @@ cudaError_t combine(const CombineParams& p, cudaStream_t stream);
 cudaError_t combine_backward(const CombineBackwardParams& p, cudaStream_t stream);
 cudaError_t dequantize(const DequantizeParams& p, cudaStream_t stream);
 cudaError_t dispatch(const DispatchParams& p, cudaStream_t stream);
+cudaError_t distill_loss(const DistillDeviceParams& p, cudaStream_t stream);
 cudaError_t entropy(const EntropyParams& p, cudaStream_t stream);
 cudaError_t entropy_backward(const EntropyBackwardParams& p, cudaStream_t stream);
 cudaError_t masked_adam(const MaskedAdamParams& p, cudaStream_t stream);
 cudaError_t masked_lion(const MaskedLionParams& p, cudaStream_t stream);
 cudaError_t masked_sgd(const MaskedSgdParams& p, cudaStream_t stream);
 cudaError_t quantize(const QuantizeParams& p, cudaStream_t stream);
+cudaError_t route(const RouteDeviceParams& p, cudaStream_t stream);
+cudaError_t route_backward(const RouteBackwardDeviceParams& p, cudaStream_t stream);
 
 }  // namespace gose::cuda

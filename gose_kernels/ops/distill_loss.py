@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, float16, float32
 
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 
 class DistillCall(NamedTuple):
@@ -255,6 +255,10 @@ def distill_loss_train_reference(*tensors: Any, **options: Any) -> tuple[Tensor,
     return loss, grad_BC.to(call.student_BC.dtype)
 
 
+def _check_arguments(*tensors: Any, **options: Any) -> None:
+    check(DistillCall(*tensors, **options))
+
+
 def _fake(*tensors: Any, **options: Any) -> Tensor:
     call = DistillCall(*tensors, **options)
     check(call)
@@ -331,6 +335,8 @@ _DTYPES = (float32, torch.bfloat16, float16)
 
 distill_loss = register(
     f"distill_loss({_ARGUMENTS}) -> Tensor",
+    native("cuda", "distill_loss", *_DTYPES),
+    triton("distill_loss", "distill_loss", *_DTYPES, check=_check_arguments),
     native("cpu", "distill_loss", *_DTYPES),
     reference(distill_loss_reference),
     fake=_fake,
@@ -341,6 +347,8 @@ distill_loss = register(
 
 distill_loss_train = register(
     f"distill_loss_train({_ARGUMENTS}) -> (Tensor, Tensor)",
+    native("cuda", "distill_loss_train", *_DTYPES),
+    triton("distill_loss", "distill_loss_train", *_DTYPES, check=_check_arguments),
     native("cpu", "distill_loss_train", *_DTYPES),
     reference(distill_loss_train_reference),
     fake=_train_fake,

@@ -61,7 +61,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, bfloat16, float16, float32, int32
 
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 POLICIES = ("softmax", "sigmoid", "group_limited", "expert_choice", "egs")
 GATES = ("softmax", "sigmoid")
@@ -69,6 +69,7 @@ ORDERS = ("token", "priority")  # of capacity
 ADAPTIVE = (None, "mass", "bands")
 _INTS = ("num_groups", "top_groups", "capacity")
 _NUMBERS = ("entropy_floor", "tau", "mass", "noise_std")
+CUDA_EXPERTS, CUDA_BANDS = 1024, 16  # kRouteDeviceExperts and kRouteBands of csrc/params.h
 LOSSES = ("balance", "importance", "noisy_load", "z", "entropy")  # the order of loss_L
 
 
@@ -491,6 +492,27 @@ def route_backward_reference(
     return (grad_TE + noisy_load * _noisy_load_gradient(call, live)).to(score_TE.dtype)
 
 
+def _check_arguments(*args: Any, **options: Any) -> None:
+    check(RouteCall(*args, **options))
+
+
+def _check_backward_arguments(*args: Any, **options: Any) -> None:
+    _check_backward(RouteCall(*args[:6], **options), args[6:])
+
+
+def too_large_for_cuda(
+    score_TE: Tensor,
+    *_tensors: object,
+    adaptive: str | None = None,
+    bands: Sequence[float] = (),
+    **_options: Any,
+) -> str | None:
+    E, count = score_TE.shape[-1], len(bands) if adaptive == "bands" else 0
+    if E > CUDA_EXPERTS:
+        return f"takes at most {CUDA_EXPERTS} experts, got {E}"
+    return f"takes at most {CUDA_BANDS} bands, got {count}" if count > CUDA_BANDS else None
+
+
 def _fake(*args: Any, backend: str | None = None, **options: Any) -> tuple[Tensor, ...]:
     call = RouteCall(*args, **options)
     check(call)
@@ -513,7 +535,7 @@ def _ranked(args: Sequence[Any]) -> Tensor:
 
 
 def _backward_fake(*args: Any, backend: str | None = None, **options: Any) -> Tensor:
-    _check_backward(RouteCall(*args[:6], **options), args[6:])
+    _check_backward_arguments(*args, **options)
     return torch.empty_like(_ranked(args), memory_format=torch.contiguous_format)
 
 
@@ -548,13 +570,18 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 def _cost(score_TE: Tensor, top_k: int, *tensors: Tensor | None, **options: Any) -> Cost:
     T, E = score_TE.shape
     read = sum(t.numel() * t.element_size() for t in (score_TE, *tensors) if t is not None)
-    return Cost(T, read + T * (top_k * 8 + 4) + E * 8, 2 * T * E)
+    written = T * (top_k * 8 + 4) + E * 8 + 4 * len(LOSSES)
+    return Cost(T, read + written, 2 * T * E)
 
 
 def _backward_cost(score_TE: Tensor, top_k: int, *tensors: Tensor | None, **options: Any) -> Cost:
-    forward = _cost(score_TE, top_k, *tensors)
-    written = _ranked((score_TE, top_k, *tensors))
-    return Cost(forward.tokens, forward.bytes + written.numel() * written.element_size(), 0)
+    *inputs, load_E, importance_E = tensors[:7]
+    grads = tensors[7:]
+    of_losses = (load_E, importance_E) if grads[3] is not None else ()
+    ranked = _ranked((score_TE, top_k, *tensors))
+    moved = (score_TE, *inputs, *of_losses, *grads, ranked)
+    T, E = score_TE.shape
+    return Cost(T, sum(t.numel() * t.element_size() for t in moved if t is not None), 2 * T * E)
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
@@ -581,6 +608,14 @@ route = register(
     "route(Tensor score_TE, int top_k, Tensor? entropy_TE=None, Tensor? entropy_E=None, "
     f"Tensor? bias_E=None, Tensor? noise_TE=None, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    native(
+        "cuda",
+        "route",
+        *(float32, bfloat16, float16),
+        pack=pack_options,
+        unless=too_large_for_cuda,
+    ),
+    triton("route", "route", float32, bfloat16, float16, check=_check_arguments),
     native("cpu", "route", float32, bfloat16, float16, pack=pack_options),
     reference(route_reference),
     fake=_fake,
@@ -596,6 +631,19 @@ route_backward = register(
     "Tensor? grad_weight_TK, Tensor? grad_entropy_T, Tensor? grad_importance_E, "
     "Tensor? grad_loss_L, "
     f"{_OPTIONS}) -> Tensor",
+    native(
+        "cuda",
+        "route_backward",
+        *(float32, bfloat16, float16),
+        pack=pack_options,
+        unless=too_large_for_cuda,
+    ),
+    triton(
+        "route_backward",
+        "route_backward",
+        *(float32, bfloat16, float16),
+        check=_check_backward_arguments,
+    ),
     native("cpu", "route_backward", float32, bfloat16, float16, pack=pack_options),
     reference(route_backward_reference),
     fake=_backward_fake,

@@ -42,6 +42,17 @@ def declares(work: Callable[[Mapping[str, Any]], tuple[int, int]]) -> Callable[.
     return metadata
 
 
-def size_of(*tensors: torch.Tensor) -> int:
-    """Bytes of tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+def size_of(*tensors: torch.Tensor | None) -> int:
+    """Bytes of tensors, of those that are there."""
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def moves(*names: str, once: str = "", operations: int = 0) -> Callable[..., dict[str, Any]]:
+    """`declares` of a kernel that reads or writes the tensors of these arguments once, with so many
+    operations for each element of one of them."""
+
+    def work(args: Mapping[str, Any]) -> tuple[int, int]:
+        each = args[once].numel() * operations if once else 0
+        return size_of(*(args[name] for name in names)), each
+
+    return declares(work)

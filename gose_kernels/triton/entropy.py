@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gose_kernels.triton import BYTES_PER_LOAD, declares, size_of, threads_per_warp
+from gose_kernels.triton.floats import log1p
 
 _MAX_COLUMNS = 1024  # of a tile: longer rows are walked
 _MAX_WARPS = 4
@@ -28,14 +29,6 @@ def _entropy_work(args: Mapping[str, Any]) -> tuple[int, int]:
 def _entropy_backward_work(args: Mapping[str, Any]) -> tuple[int, int]:
     logits = args["logits_ptr"]
     return size_of(logits, args["grad_ptr"], args["grad_logits_ptr"]), 4 * logits.numel()
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x >= 0, precise where x is tiny: log of the rounded sum, and its rounding."""
-    u = 1.0 + x
-    exact = tl.log(u) + (x - (u - 1.0)) / u
-    return tl.where(u == float("inf"), u, exact)
 
 
 @triton.jit
@@ -93,7 +86,7 @@ def _entropy_kernel(
     row_R = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid_R = row_R < num_rows
     _, rest_R, sum_R, n_R = _moments(logits_ptr, row_R, valid_R, C, ROWS, BLOCK_C)
-    nats_R = _log1p(rest_R) - sum_R / (1.0 + rest_R)
+    nats_R = log1p(rest_R) - sum_R / (1.0 + rest_R)
     log_n_R = tl.log(tl.maximum(n_R, 2).to(tl.float32))
     share_R = tl.where(n_R > 1, nats_R / log_n_R, 0.0 * nats_R)
     share_R = tl.where(share_R < 0.0, 0.0, tl.where(share_R > 1.0, 1.0, share_R))  # NaN stays

@@ -81,8 +81,8 @@ class OnPtx:
         self._raised: list[BaseException] = []
 
     def __call__(self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any) -> None:
-        """Runs launcher `op`; `tensors` are all that its kernels may touch, those with a bracket in
-        their name through pointers in other structs. Raises KernelError."""
+        """Runs launcher `op`; `tensors` are all that its kernels may touch, those with a bracket or
+        a point in their name through pointers in other structs. Raises KernelError."""
         spans = [params.extent(t, name) for name, t in tensors.items()]
         space = memory.Global(spans)
 
@@ -107,7 +107,7 @@ class OnPtx:
 
 def run_launcher(library: ctypes.CDLL, op: str, struct: str, **values: Any) -> int:
     launcher: Callable[..., int] = library[symbol(op, struct)]
-    own = {name: value for name, value in values.items() if "[" not in name}
+    own = {k: v for k, v in values.items() if "[" not in k and "." not in k}
     return launcher(ctypes.byref(params.fill(struct, **own)), None)
 
 

@@ -7,7 +7,7 @@ import ctypes
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,33 +17,17 @@ import gose_kernels as gk
 from gose_kernels import masks
 from gose_kernels.ops import combine as combine_op
 from gose_kernels.ops import dispatch as dispatch_op
+from gose_kernels.ops import distill_loss as distill_op
 from gose_kernels.ops import entropy as entropy_op
 from gose_kernels.ops import masked_update as masked_op
 from gose_kernels.ops import quantize as quantize_op
+from gose_kernels.ops import route as route_op
 from tests import cases
 from tests.checks import assert_close_within_ulps
-from tests.gpu.params import fill, poisoned, structs
+from tests.gpu import routing
+from tests.gpu.params import Call, Options, fill, poisoned, split, structs
 
 Outputs = tuple[Tensor, ...]
-
-
-class Options(dict[str, Any]):
-    """The options of a call, last among its arguments."""
-
-
-def split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(arguments, options) of a call."""
-    if args and isinstance(args[-1], Options):
-        return args[:-1], args[-1]
-    return args, {}
-
-
-class Call(Protocol):
-    """tests.gpu.cuda_host.OnPtx and OnEmulator: runs a launcher of csrc/cuda."""
-
-    def __call__(
-        self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any
-    ) -> None: ...
 
 
 class OnGpu(NamedTuple):
@@ -90,7 +74,11 @@ class OnGpu(NamedTuple):
         wide = (_double(a) if i in doubled else a for i, a in enumerate(args))
         truth = _tuple(self.reference(*wide))
         for g, s, t in zip(_tuple(got), same, truth, strict=True):
-            assert_close_within_ulps(g, s, t, self.ulps)
+            if g.is_floating_point():
+                assert_close_within_ulps(g, s, t, self.ulps)
+            else:
+                assert g.dtype == s.dtype
+                assert torch.equal(g, s)
 
 
 def _tuple(outputs: Any) -> Outputs:
@@ -666,6 +654,14 @@ def _masked_op(op: str) -> OnGpu:
     )
 
 
+def _with_options(reference: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        given, options = split(args)
+        return reference(*given, **options)
+
+    return run
+
+
 OPS: dict[str, OnGpu] = {
     "combine": OnGpu(
         "combine", _combine, combine_op.combine_reference, _combine_cases, _combine_tiles
@@ -729,6 +725,38 @@ OPS: dict[str, OnGpu] = {
         _quantize_cases,
         _quantize_tiles,
         exact=True,
+    ),
+    "distill_loss": OnGpu(
+        "distill_loss",
+        lambda call, *args: routing.distill(call, False, *args),
+        _with_options(distill_op.distill_loss_reference),
+        routing.distill_cases,
+        routing.distill_tiles,
+        ulps=4,
+    ),
+    "distill_loss_train": OnGpu(
+        "distill_loss",
+        lambda call, *args: routing.distill(call, True, *args),
+        _with_options(distill_op.distill_loss_train_reference),
+        routing.distill_cases,
+        routing.distill_tiles,
+        ulps=4,
+    ),
+    "route": OnGpu(
+        "route",
+        routing.route,
+        _with_options(route_op.route_reference),
+        routing.route_cases,
+        routing.route_tiles,
+        ulps=4,
+    ),
+    "route_backward": OnGpu(
+        "route_backward",
+        routing.route_backward,
+        _with_options(route_op.route_backward_reference),
+        routing.route_backward_cases,
+        routing.route_backward_tiles,
+        ulps=4,
     ),
 }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ def fill(name: str, **values: Any) -> ctypes.Structure:
             value = value.data_ptr()
         elif isinstance(value, torch.dtype):
             value = DTYPES[value]
+        elif isinstance(value, list):
+            value = type(getattr(made, key))(*value)
         setattr(made, key, value)
     return made
 
@@ -72,3 +75,22 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     count = int(torch.Size(shape).numel())
     raw = torch.full((count * size,), 0x7F, dtype=torch.uint8)
     return raw.view(dtype).view(shape)
+
+
+class Options(dict[str, Any]):
+    """The options of a call, last among its arguments."""
+
+
+def split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(arguments, options) of a call."""
+    if args and isinstance(args[-1], Options):
+        return args[:-1], args[-1]
+    return args, {}
+
+
+class Call(Protocol):
+    """tests.gpu.cuda_host.OnPtx and OnEmulator: runs a launcher of csrc/cuda."""
+
+    def __call__(
+        self, op: str, struct: str, tensors: Mapping[str, Tensor], **values: Any
+    ) -> None: ...

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import gose_kernels as gk
-from tests.gpu.ops import OPS, arguments, every_case, split
+from tests.gpu.ops import OPS, arguments, every_case
+from tests.gpu.params import split
 
 
 def moved(value: Any, device: str) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gose_kernels.ops import route as route_op
 from tests.gpu import cuda_host
 from tests.gpu.ops import OPS, arguments, every_case, same_bits
 from tests.gpu.params import ROOT, poisoned
@@ -27,6 +28,26 @@ def test_emulated_kernel(
         outputs.append(op.cuda(cuda_host.OnEmulator(emulated[op.source], order), *args))
     op.check(outputs[0] if len(outputs[0]) > 1 else outputs[0][0], args)
     assert all(same_bits(outputs[0], other) for other in outputs[1:])
+
+
+def test_route_refuses_what_its_kernel_cannot_hold(emulated: dict[str, Path]) -> None:
+    """The limits that the op states as its reason are those of the launcher."""
+    experts, bands = route_op.CUDA_EXPERTS, list(range(route_op.CUDA_BANDS + 1))
+    narrow, wide = torch.zeros(1, 4), torch.zeros(1, experts + 1)
+    call = cuda_host.OnEmulator(emulated["route"])
+    OPS["route"].cuda(call, wide[:, :experts].contiguous(), 2)
+    with pytest.raises(RuntimeError, match="route: error 1:"):
+        OPS["route"].cuda(call, wide, 2)
+    refused = {"adaptive": "bands", "bands": bands}
+    assert (
+        route_op.too_large_for_cuda(wide) == f"takes at most {experts} experts, got {experts + 1}"
+    )
+    assert route_op.too_large_for_cuda(narrow, **refused) == (
+        f"takes at most {len(bands) - 1} bands, got {len(bands)}"
+    )
+    assert route_op.too_large_for_cuda(narrow, adaptive="bands", bands=bands[1:]) is None
+    structs = (ROOT / "csrc" / "params.h").read_text()
+    assert f"kRouteBands = {len(bands) - 1};" in structs
 
 
 @pytest.fixture(scope="session")

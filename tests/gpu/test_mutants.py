@@ -22,7 +22,8 @@ from tests.ptx.faults import KernelError
 
 
 class Mutant(NamedTuple):
-    """`old` stands in csrc/cuda/<source>.cu `count` times and becomes `new`, all of them."""
+    """`old` stands in csrc/cuda/<source>.cu, or in a header beside it, `count` times and becomes
+    `new`, all of them."""
 
     what: str
     ops: tuple[str, ...]
@@ -30,12 +31,16 @@ class Mutant(NamedTuple):
     new: str
     rung: str = "ptx"  # or "emulated", which knows orders of warps
     count: int = 1
+    header: str = ""  # of csrc/cuda
 
     def __str__(self) -> str:
         return f"{self.ops[0]}-{self.what}"
 
 
 _COMBINE, _BACK = ("combine",), ("combine_backward",)
+_TOKEN = "route_token.cuh"
+_ROUTE_BACK = ("route_backward",)
+_ROUTE, _DISTILL = ("route",), ("distill_loss_train", "distill_loss")
 _QUANTIZE, _DECODE = ("quantize",), ("dequantize", "dequantize_add_")
 _MASKED = ("masked_adam_", "masked_lion_", "masked_sgd_")
 _ENTROPY, _DISPATCH = ("entropy", "entropy_backward"), ("dispatch",)
@@ -100,6 +105,61 @@ MUTANTS = [
         "token[n] = -1;",
         rung="emulated",
     ),
+    Mutant("bound", _DISTILL, "c < p.C && grad != nullptr", "c <= p.C && grad != nullptr"),
+    Mutant("stride swapped", _DISTILL, "n * p.stride_tb + c", "n * p.J + c + 1"),
+    Mutant("mask dropped", _DISTILL, "if (y[i] != 0.0f) sum_yz", "sum_yz"),
+    Mutant(
+        "dtype truncated", _DISTILL, "const double sum_q = tempered", "const int sum_q = tempered"
+    ),
+    Mutant("listed among the rest", _DISTILL, "if (seen[c + i] == 0) total_rest", "total_rest"),
+    Mutant(
+        "barrier removed",
+        _DISTILL,
+        "part[threadIdx.x / kWarp] = x;\n    __syncthreads();",
+        "part[threadIdx.x / kWarp] = x;",
+        rung="emulated",
+    ),
+    Mutant("bound", _ROUTE, "int k = 0; k < p.K;", "int k = 0; k <= p.K;", header=_TOKEN),
+    Mutant(
+        "stride swapped", _ROUTE, "p.level[e * in.T + token.t] = ", "p.level[e + token.t * in.E] = "
+    ),
+    Mutant("mask dropped", _ROUTE, "if (!is_taken(score[e / size]))", "if (false)", header=_TOKEN),
+    Mutant("dtype truncated", _ROUTE, "importance[at] += double(", "importance[at] += int("),
+    Mutant(
+        "tie to the larger", _ROUTE, "rank == nth && place < room", "rank == nth && place <= room"
+    ),
+    Mutant(
+        "barrier removed",
+        _ROUTE,
+        "continue;  // the same for the whole block\n    __syncthreads();",
+        "continue;",
+        rung="emulated",
+    ),
+    Mutant("bound", _ROUTE_BACK, "k < p.in.K;", "k <= p.in.K;"),
+    Mutant("rows past the part", _ROUTE_BACK, "if (t + i < stop) live |=", "live |="),
+    Mutant("stride swapped", _ROUTE_BACK, "t * in.E + e, grad);", "t * in.K + e, grad);"),
+    Mutant(
+        "mask dropped",
+        _ROUTE_BACK,
+        "p.expert[n] < p.in.E ? p.grad_weight[n] : 0.0f",
+        "p.grad_weight[n]",
+    ),
+    Mutant("a token for all", _ROUTE_BACK, "& mine) != 0", "& kWholeWarp) != 0"),
+    Mutant("dtype truncated", _ROUTE_BACK, "double(p.part_grad[", "int(p.part_grad["),
+    Mutant("threshold held", _ROUTE_BACK, "rows.key[last.at] -= through;", ""),
+    Mutant(
+        "warp barrier removed",
+        _ROUTE_BACK,
+        "__syncwarp();\n  if (threadIdx.x == 0 && last.at < E)",
+        "if (threadIdx.x == 0 && last.at < E)",
+    ),
+    Mutant(
+        "barrier removed",
+        _ROUTE_BACK,
+        "continue;  // the same for the whole block\n    __syncthreads();",
+        "continue;",
+        rung="emulated",
+    ),
 ]
 
 
@@ -134,6 +194,64 @@ TRITON_MUTANTS = [
     TritonMutant("mask dropped", _MASKED, "tl.where(live, new, old)", "new"),
     TritonMutant(
         "count of frozen", _MASKED, "count + 1.0, mask=frozen == 0", "count + 1.0, mask=unit < U"
+    ),
+    TritonMutant("bound", _ROUTE_BACK, "(offs_k < K)[None, :]", "(offs_k <= K)[None, :]"),
+    TritonMutant(
+        "stride swapped",
+        _ROUTE_BACK,
+        "t_R.to(tl.int64)[:, None] * K",
+        "t_R.to(tl.int64)[:, None] * E",
+    ),
+    TritonMutant("mask dropped", _ROUTE_BACK, "tl.where(expert < E, upstream, 0.0)", "upstream"),
+    TritonMutant(
+        "rows past the part",
+        _ROUTE_BACK,
+        "mask=(t_R < stop)[:, None]",
+        "mask=(t_R < stop + BLOCK_R)[:, None]",
+    ),
+    TritonMutant(
+        "dtype truncated",
+        _ROUTE_BACK,
+        "total += tl.sum(part.to(tl.float64)",
+        "total += tl.sum(part.to(tl.int32)",
+    ),
+    TritonMutant("bound", _ROUTE, "(offs_k < K)[None, :]", "(offs_k <= K)[None, :]"),
+    TritonMutant(
+        "stride swapped", _ROUTE, "t_R.to(tl.int64)[:, None] * K", "t_R.to(tl.int64)[:, None] * E"
+    ),
+    TritonMutant(
+        "mask dropped", _ROUTE, "hit &= (id_R < E)[:, None]", "hit &= (id_R <= E)[:, None]"
+    ),
+    TritonMutant("tie to the larger", _ROUTE, "(place <= capacity)", "(place < capacity)"),
+    TritonMutant(
+        "dtype truncated",
+        _ROUTE,
+        "importance += tl.sum(part.to(tl.float64)",
+        "importance += tl.sum(part.to(tl.int32)",
+    ),
+    TritonMutant(
+        "bound",
+        _DISTILL,
+        "listed = valid_R[:, None] & (offs_j < J)[None, :]",
+        "listed = valid_R[:, None] & (offs_j <= J)[None, :]",
+    ),
+    TritonMutant(
+        "stride swapped", _DISTILL, "n_R[:, None] * J + offs_j", "n_R[:, None] * C + offs_j"
+    ),
+    TritonMutant(
+        "mask dropped", _DISTILL, "tl.where(target == 0.0, 0.0, target * z)", "target * z"
+    ),
+    TritonMutant(
+        "listed among the rest",
+        _DISTILL,
+        "tl.where(seen == 0, power, 0.0)",
+        "tl.where(inside, power, 0.0)",
+    ),
+    TritonMutant(
+        "dtype truncated",
+        _DISTILL,
+        "shift_R = _log_ratio(total_p_R, total_q_R)\n    for",
+        "shift_R = _log_ratio(total_p_R.to(tl.int32), total_q_R.to(tl.int32))\n    for",
     ),
 ]
 
@@ -183,11 +301,15 @@ def _killed(mutant: Mutant, source: Path, folder: Path) -> bool:
 def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    name = OPS[mutant.ops[0]].source
-    text = (ROOT / "csrc" / "cuda" / f"{name}.cu").read_text()
+    kernels = ROOT / "csrc" / "cuda"
+    source = tmp_path / f"{OPS[mutant.ops[0]].source}.cu"
+    source.write_text((kernels / source.name).read_text())
+    text = (kernels / (mutant.header or source.name)).read_text()
     assert text.count(mutant.old) == mutant.count
-    source = tmp_path / f"{name}.cu"
-    source.write_text(text.replace(mutant.old, mutant.new))
+    if mutant.header:  # found before the real one: it lies beside the source
+        (tmp_path / "cuda").mkdir()
+    planted = tmp_path / "cuda" / mutant.header if mutant.header else source
+    planted.write_text(text.replace(mutant.old, mutant.new))
     assert _killed(mutant, source, tmp_path)
 
 
