@@ -64,8 +64,10 @@ def _target(label_ptr, soft_ptr, n_R, valid_R, stride_lb, offs_c, inside, keep, 
     return tl.where(inside, keep * y + spread, 0.0)
 
 
-_MOVED = ("student_ptr", "teacher_ptr", "label_ptr", "soft_ptr", "weight_ptr", "task_weight_ptr")
-_MOVED += ("id_ptr", "tail_ptr", "seen_ptr", "term_ptr", "grad_ptr")
+_MOVED = (
+    *("student_ptr", "teacher_ptr", "label_ptr", "soft_ptr", "weight_ptr", "task_weight_ptr"),
+    *("id_ptr", "tail_ptr", "seen_ptr", "term_ptr", "grad_ptr"),
+)
 
 
 @triton.jit(launch_metadata=moves(*_MOVED, once="student_ptr", operations=14))

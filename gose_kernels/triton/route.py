@@ -36,8 +36,10 @@ _KEEP_BLOCK = 1024  # tokens that an expert looks at together
 
 
 _PARTS = ("importance_ptr", "win_ptr", "count_ptr", "sums_ptr")
-_MOVED = ("score_ptr", "entropy_ptr", "bias_ptr", "noise_ptr", "weight_ptr", "expert_ptr")
-_MOVED += ("out_entropy_ptr", "log_p_ptr", "level_ptr", "first_ptr", *_PARTS)
+_MOVED = (
+    *("score_ptr", "entropy_ptr", "bias_ptr", "noise_ptr", "weight_ptr", "expert_ptr"),
+    *("out_entropy_ptr", "log_p_ptr", "level_ptr", "first_ptr", *_PARTS),
+)
 
 
 @triton.jit(launch_metadata=moves(*_MOVED, once="score_ptr", operations=2))

@@ -142,8 +142,10 @@ def _route_win_kernel(
     tl.store(win_ptr + p * E + offs_e, tl.sum(win, axis=0), mask=offs_e < E)
 
 
-_SUMMED = ("part_live_ptr", "part_tokens_ptr", "part_win_ptr", "load_ptr", "importance_ptr")
-_SUMMED += ("grad_importance_ptr", "grad_loss_ptr", "column_ptr", "win_slope_ptr", "scalar_ptr")
+_SUMMED = (
+    *("part_live_ptr", "part_tokens_ptr", "part_win_ptr", "load_ptr", "importance_ptr"),
+    *("grad_importance_ptr", "grad_loss_ptr", "column_ptr", "win_slope_ptr", "scalar_ptr"),
+)
 
 
 @triton.jit(launch_metadata=moves(*_SUMMED))
@@ -204,8 +206,10 @@ def _route_shared_kernel(
     tl.store(scalar_ptr + 1, (tl.load(grad_loss_ptr + 4).to(tl.float64) / tokens).to(tl.float32))
 
 
-_MOVED = ("score_ptr", "entropy_ptr", "bias_ptr", "noise_ptr", "expert_ptr", "grad_weight_ptr")
-_MOVED += ("grad_entropy_ptr", "column_ptr", "win_slope_ptr", "scalar_ptr", "grad_ptr")
+_MOVED = (
+    *("score_ptr", "entropy_ptr", "bias_ptr", "noise_ptr", "expert_ptr", "grad_weight_ptr"),
+    *("grad_entropy_ptr", "column_ptr", "win_slope_ptr", "scalar_ptr", "grad_ptr"),
+)
 
 
 @triton.jit(launch_metadata=moves(*_MOVED, once="score_ptr", operations=2))
