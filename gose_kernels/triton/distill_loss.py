@@ -268,9 +268,9 @@ def _distill_mean_kernel(
 
 def _tile(C: int, item_bytes: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program: 16 bytes a thread, as many rows as fill the warps."""
-    columns = min(triton.next_power_of_2(C), _MAX_COLUMNS)
-    threads = _MAX_WARPS * threads_per_warp()
-    rows = max(1, threads * BYTES_PER_LOAD // (item_bytes * columns))
+    most = _MAX_WARPS * threads_per_warp() * BYTES_PER_LOAD // item_bytes
+    columns = min(triton.next_power_of_2(C), _MAX_COLUMNS, most)
+    rows = max(1, most // columns)
     warps = rows * columns * item_bytes // (BYTES_PER_LOAD * threads_per_warp())
     return rows, columns, max(1, min(_MAX_WARPS, warps))
 

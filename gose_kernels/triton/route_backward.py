@@ -37,7 +37,6 @@ from gose_kernels.triton.route_token import (
 
 _LIVE_TILE = 256  # elements: a row of all that a program looks at is seldom missed
 _LIVE_TOKENS = 64  # of a program at least: it reads four rows, and a sector of every other one
-_LIVE_WARPS = 2
 _SECTOR_BYTES = 32  # come together
 
 
@@ -447,7 +446,7 @@ def route_backward(
                 BLOCK_E=block_e,
                 BLOCK_T=_LIVE_TOKENS,
                 SECTOR=_SECTOR_BYTES // score_TE.element_size(),
-                num_warps=_LIVE_WARPS,
+                num_warps=WARPS,
             )
             if noise_std > 0:
                 part_win, win_slope = (

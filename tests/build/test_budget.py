@@ -59,10 +59,24 @@ def test_a_worse_kernel_is_found(wanted: budget.Table) -> None:
     assert budget.worse({**backward, "opcodes": []}, backward) == ["no more SHFL"]
 
 
-# Kernels that look at ids, ranks, flags or sums of programs; that store a number a row, or slots.
-_NARROW = ("dispatch", "distill_mean", "route_keep", "route_finish")
-_NARROW += ("route_live", "route_shared", "route_total")
-_NUMBER_A_ROW = ("entropy_kernel", "route_kernel", "route_win")
+# Kernels that look at ids, ranks, flags or sums of programs.
+_NARROW = (
+    *("dispatch", "count_kernel", "distill_mean", "route_keep", "route_finish"),
+    *("route_live", "route_shared", "route_total"),
+)
+# Kernels that store a number a row, or slots, or codes.
+_NUMBER_A_ROW = ("entropy_kernel", "route_kernel", "route_win", "quantize")
+
+
+def _stores_little(name: str) -> bool:
+    of_forward = name.startswith("distill_kernel") and not name.endswith("_train")
+    return of_forward or name.startswith(_NUMBER_A_ROW)
+
+
+def _least(key: str, name: str) -> int:
+    """A tile of route is 4 elements a thread in wavefronts of 64."""
+    half = name.endswith(("bfloat16", "float16"))
+    return 64 if "gfx" in key and name.startswith("route") and half else 128
 
 
 def test_vector_kernels_move_16_bytes(wanted: budget.Table) -> None:
@@ -76,6 +90,6 @@ def test_vector_kernels_move_16_bytes(wanted: budget.Table) -> None:
                 continue
             # Codes are read.
             if not name.startswith("dequantize"):
-                assert report["load_bits"] == 128, (key, name)
-            if not name.startswith(_NUMBER_A_ROW):
-                assert report["store_bits"] == 128, (key, name)
+                assert report["load_bits"] >= _least(key, name), (key, name)
+            if not _stores_little(name):
+                assert report["store_bits"] >= _least(key, name), (key, name)
