@@ -146,7 +146,7 @@ NARROW = {(op, label) for op, label in CASES if op.startswith("combine") and "x6
 
 def _count(op: str, backend: str, args: tuple[Any, ...], ptx: dict[str, Any]) -> Counts:
     if backend == "triton":
-        return triton_host.run_on_ptx(OPS[op].triton(op), args)[1]
+        return triton_host.run_on_ptx(OPS[op].triton(op), *args)[1]
     on_ptx = cuda_host.OnPtx(ptx[OPS[op].source])
     OPS[op].cuda(on_ptx, *args)
     return on_ptx.counts
