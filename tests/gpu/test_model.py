@@ -140,8 +140,12 @@ SCALED["route_backward"] = {
     for label, build in SCALED["route"].items()
 }
 CASES = [(op, label) for op, table in SCALED.items() for label in table]
-# Beside rows of 64 columns the sectors that hold a token's weights and indices count.
-NARROW = {(op, label) for op, label in CASES if op.startswith("combine") and "x64-" in label}
+# Beside rows of 64 columns the sectors that hold a row's weights, indices, label and term count.
+NARROW = {
+    (op, label)
+    for op, label in CASES
+    if op.startswith(("combine", "distill_loss")) and "x64-" in label
+}
 
 
 def _count(op: str, backend: str, args: tuple[Any, ...], ptx: dict[str, Any]) -> Counts:
