@@ -24,6 +24,7 @@ import gose_kernels as gk
 from benchmarks import gpu_model
 
 _CALLS = 20
+_OF_EXPERTS = ("dispatch", "route_backward")  # whose integers are experts
 
 
 def _filled(op: str, shape: gpu_model.Shape, device: str) -> tuple[Any, ...]:
@@ -42,7 +43,7 @@ def _filled(op: str, shape: gpu_model.Shape, device: str) -> tuple[Any, ...]:
             positive = op.startswith(("dequantize", "masked"))  # scales, second moments
             return (drawn.abs() if positive else drawn).to(device, t.dtype)
         count = t.numel()
-        values = torch.randperm(count, generator=random) if op != "dispatch" else None
+        values = None if op in _OF_EXPERTS else torch.randperm(count, generator=random)
         values = torch.randint(0, shape.E, (count,), generator=random) if values is None else values
         return values.view(t.shape).to(device, t.dtype)
 

@@ -447,6 +447,7 @@ def route_backward(
                 BLOCK_T=_LIVE_TOKENS,
                 SECTOR=_SECTOR_BYTES // score_TE.element_size(),
                 num_warps=WARPS,
+                enable_fp_fusion=True,
             )
             if noise_std > 0:
                 part_win, win_slope = (
