@@ -124,11 +124,13 @@ def _entropy_backward_kernel(
 
 
 def _tile(C: int, item_bytes: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program: 16 bytes a thread, as many rows as fill the warps."""
+    """Rows, columns and warps of a program: 16 bytes a thread, but no more than one row: what is
+    summed over several at once spills."""
     columns = min(triton.next_power_of_2(C), _MAX_COLUMNS)
-    threads = _MAX_WARPS * threads_per_warp()
-    rows = max(1, threads * BYTES_PER_LOAD // (item_bytes * columns))
-    warps = rows * columns * item_bytes // (BYTES_PER_LOAD * threads_per_warp())
+    lanes = threads_per_warp()
+    threads = _MAX_WARPS * lanes
+    rows = max(1, min(threads, threads * BYTES_PER_LOAD // (item_bytes * columns)))
+    warps = max(rows // lanes, rows * columns * item_bytes // (BYTES_PER_LOAD * lanes))
     return rows, columns, max(1, min(_MAX_WARPS, warps))
 
 
