@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from gose_kernels import memory
-from gose_kernels.packing import packed_matrix, path_of
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.packing import DTYPES, packed_matrix, path_of
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 
 def _check_offset(name: str, offset_E1: Tensor) -> None:
@@ -77,6 +77,10 @@ def _check(
         if bias_EF.dtype != x_ND.dtype:
             raise ValueError(f"{name}: bias_EF must be {x_ND.dtype} as x_ND, got {bias_EF.dtype}")
     return num_experts, hidden
+
+
+def _check_call(*args: Any, transposed: bool) -> None:
+    _check(*args, transposed)
 
 
 def check_backward(grad_NF: Tensor, x_ND: Tensor, offset_E1: Tensor) -> None:
@@ -322,7 +326,8 @@ def backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, 
 grouped_gemm = register(
     "grouped_gemm(Tensor x_ND, Tensor w_EFD, Tensor offset_E1, Tensor? bias_EF=None, *, "
     "bool transposed=False, str? backend=None) -> Tensor",
-    native("cpu", _cpu, torch.float32, torch.bfloat16, torch.float16, path=path_of),
+    triton("grouped_gemm", "grouped_gemm", *DTYPES, check=_check_call),
+    native("cpu", _cpu, *DTYPES, path=path_of),
     reference(grouped_gemm_reference),
     fake=_fake,
     setup_context=_setup_context,
@@ -335,7 +340,7 @@ grouped_gemm = register(
 grouped_gemm_backward = register(
     "grouped_gemm_backward(Tensor grad_NF, Tensor x_ND, Tensor offset_E1, *, "
     "bool transposed=False, bool bias=False, str? backend=None) -> (Tensor, Tensor)",
-    native("cpu", _cpu_backward, torch.float32, torch.bfloat16, torch.float16),
+    native("cpu", _cpu_backward, *DTYPES),
     reference(grouped_gemm_backward_reference),
     fake=_backward_fake,
     setup_context=_backward_setup_context,

@@ -1,0 +1,126 @@
+"""grouped_gemm on a GPU: one program per tile of a group's rows and of columns.
+
+Letters: N rows, E groups, D width, F hidden. The contract is in ops/grouped_gemm.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gose_kernels.triton.tiles import (
+    GROUP,
+    Tile,
+    place,
+    precision,
+    product,
+    row_tile,
+    rows_of,
+    tile_map,
+)
+
+
+@triton.jit
+def _grouped_gemm_kernel(
+    x_ptr,  # [N, D]
+    w_ptr,  # [E, F, D] by its strides
+    bias_ptr,  # [E, F], read if BIAS
+    y_ptr,  # [N, F] written once, 0 in the rows of no group
+    map_ptr,  # [3, tiles] int32
+    num_tiles,
+    E,
+    F,
+    D,
+    stride_xn,
+    stride_xd,
+    stride_we,
+    stride_wf,
+    stride_wd,
+    BIAS: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    WHOLE_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tile, column = place(num_tiles, tl.cdiv(F, COLUMNS), GROUP)
+    e, n, inside = rows_of(map_ptr, num_tiles, tile, ROWS)
+    if e < 0:
+        return
+    e, n = e.to(tl.int64), n.to(tl.int64)  # int64: rows and weights pass 2**31 elements
+    f = column * COLUMNS + tl.arange(0, COLUMNS)
+    valid = f < F
+    acc = product(
+        tl.zeros([ROWS, COLUMNS], tl.float32),
+        x_ptr + n * stride_xn,
+        w_ptr + e * stride_we + f * stride_wf,
+        valid,
+        tl.where(e < E, D, 0),
+        stride_xd,
+        stride_wd,
+        DEPTH,
+        WHOLE_D,
+        WHOLE_F,
+        PRECISION,
+    )
+    if BIAS:
+        bias = tl.load(bias_ptr + e * F + f, mask=valid & (e < E), other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y_at = y_ptr + (n * F)[:, None] + f[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside[:, None] & valid[None, :])
+
+
+def launch(
+    x_ND: Tensor, w_EFD: Tensor, bias_EF: Tensor | None, map_3M: Tensor, tile: Tile
+) -> Tensor:
+    """y_NF for tiles that `map_3M` was made for; 0 in the rows of no group."""
+    (N, D), (E, F, _) = x_ND.shape, w_EFD.shape
+    y_NF = x_ND.new_empty(N, F)
+    num_tiles = map_3M.shape[1]
+    grid = (num_tiles * triton.cdiv(F, tile.columns),)
+    if grid[0]:
+        with torch.cuda.device_of(x_ND):
+            _grouped_gemm_kernel[grid](
+                x_ND,
+                w_EFD,
+                None if bias_EF is None else bias_EF.contiguous(),
+                y_NF,
+                map_3M,
+                num_tiles,
+                E,
+                F,
+                D,
+                *x_ND.stride(),
+                *w_EFD.stride(),
+                BIAS=bias_EF is not None,
+                WHOLE_D=D % tile.depth == 0,
+                WHOLE_F=F % tile.columns == 0,
+                PRECISION=precision(x_ND.dtype),
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                DEPTH=tile.depth,
+                GROUP=GROUP,
+                **tile.options,
+            )
+    return y_NF
+
+
+def grouped_gemm(
+    x_ND: Tensor,
+    w_EFD: Tensor,
+    offset_E1: Tensor,
+    bias_EF: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """y_NF, dtype of x; offsets are trusted."""
+    w_EFD = w_EFD.mT if transposed else w_EFD
+    (N, _), (E, F, _) = x_ND.shape, w_EFD.shape
+    if N == 0 or F == 0:
+        return x_ND.new_empty(N, F)
+    tile = row_tile(N, E, N, x_ND.dtype)
+    return launch(x_ND, w_EFD, bias_EF, tile_map(offset_E1, N, tile.rows), tile)

@@ -1,0 +1,189 @@
+"""Tiles of the expert GEMMs: their sizes by closed form, and which rows every tile has.
+
+Letters: N rows sorted by expert, E experts, E1 = E+1.
+
+Groups are ragged and their sizes stay on the device: a launch has as many tiles as any sizes could
+need, a map gives every tile its expert and rows, and tiles that are not needed end at once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gose_kernels.triton import threads_per_warp
+
+_MAP_TILES = 64  # of a program of the map
+_MAP_EXPERTS = 64
+GROUP = 8  # tiles of rows that walk the columns together: their weights stay in L2
+
+
+class Tile(NamedTuple):
+    """rows x columns of the output by one program, in steps of depth along the sum."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int  # of 32 threads
+    stages: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a launch takes beside the kernel's arguments."""
+        # ROCm counts buffers, not copies in flight: two fill its 64 KB of shared memory.
+        return {
+            "num_warps": max(1, self.warps * 32 // threads_per_warp()),
+            "num_stages": 2 if torch.version.hip else self.stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# By rows. 16-bit: 16 rows wait for memory, so long steps; float32 is three products of tf32.
+_HALF = {
+    16: Tile(16, 64, 128, 4, 3),
+    32: Tile(32, 128, 64, 4, 3),
+    64: Tile(64, 128, 64, 4, 3),
+    128: Tile(128, 128, 64, 8, 3),
+}
+_SINGLE = {
+    16: Tile(16, 64, 64, 4, 3),
+    32: Tile(32, 64, 32, 4, 3),
+    64: Tile(64, 64, 32, 4, 3),
+    128: Tile(128, 64, 32, 8, 3),
+}
+
+
+def row_tile(rows: int, experts: int, most: int, dtype: torch.dtype) -> Tile:
+    """The tile for `rows` rows over `experts` experts, none of which has more than `most`.
+
+    Twice the mean while that is small, so that nearly every expert has one tile and its weights are
+    read once; 64 rows until the last, half empty tile of an expert is a tenth of its rows.
+    """
+    mean = rows / max(experts, 1)
+    wanted = 2 * mean if mean <= 32 else 64 if mean < 640 else 128
+    size = triton.next_power_of_2(max(1, int(min(wanted, most))))
+    table = _SINGLE if dtype == torch.float32 else _HALF
+    return table[min(max(size, 16), 128)]
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies float32: as TF32 only where torch is told to, else in float32 (AMD) or
+    as three TF32 products, which leave an error of 2**-21."""
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+@triton.jit
+def _tile_map_kernel(
+    offset_ptr,  # [E1] int32
+    map_ptr,  # [3, tiles] int32: expert, first row, row after the last
+    N,
+    E,
+    num_tiles,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    """Expert E has the rows of no expert; -1: the tile is not needed."""
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    expert = tl.zeros([TILES], tl.int32)
+    begin = tl.zeros([TILES], tl.int32)  # tiles of the experts before
+    carry = 0
+    for start in range(0, E, EXPERTS):
+        e = start + tl.arange(0, EXPERTS)
+        first = tl.load(offset_ptr + e, mask=e < E, other=0)
+        last = tl.load(offset_ptr + e + 1, mask=e < E, other=0)
+        tiles = (last - first + ROWS - 1) // ROWS
+        until = carry + tl.cumsum(tiles, axis=0)
+        passed = (until[None, :] <= tile[:, None]) & (e < E)[None, :]
+        expert += tl.sum(passed.to(tl.int32), axis=1)
+        begin = tl.maximum(begin, tl.max(tl.where(passed, until[None, :], 0), axis=1))
+        carry += tl.sum(tiles, axis=0)
+    first = tl.load(offset_ptr + expert)
+    last = tl.load(offset_ptr + expert + 1, mask=expert < E, other=N)
+    row = first + (tile - begin) * ROWS
+    here = tile < num_tiles
+    tl.store(map_ptr + tile, tl.where(row < last, expert, -1), mask=here)
+    tl.store(map_ptr + num_tiles + tile, row, mask=here)
+    tl.store(map_ptr + 2 * num_tiles + tile, tl.minimum(row + ROWS, last), mask=here)
+
+
+def tile_map(offset_E1: Tensor, num_rows: int, rows: int) -> Tensor:
+    """map [3, tiles] int32 for tiles of `rows` rows; as many tiles as any offsets need at most."""
+    num_experts = offset_E1.numel() - 1
+    groups = min(num_experts + 1, num_rows)
+    num_tiles = groups + (num_rows - groups) // rows
+    map_3M = offset_E1.new_empty(3, num_tiles)
+    with torch.cuda.device_of(offset_E1):
+        _tile_map_kernel[(triton.cdiv(num_tiles, _MAP_TILES),)](
+            offset_E1.contiguous(),
+            map_3M,
+            num_rows,
+            num_experts,
+            num_tiles,
+            rows,
+            _MAP_TILES,
+            _MAP_EXPERTS,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return map_3M
+
+
+@triton.jit
+def place(num_tiles, num_columns, GROUP: tl.constexpr):
+    """(tile of rows, tile of columns) of a program: GROUP tiles of rows, which mostly share their
+    expert, take one tile of columns after the other."""
+    program = tl.program_id(0)
+    group = program // (GROUP * num_columns)
+    inside = program % (GROUP * num_columns)
+    size = tl.minimum(num_tiles - group * GROUP, GROUP)
+    return group * GROUP + inside % size, inside // size
+
+
+@triton.jit
+def rows_of(map_ptr, num_tiles, tile, ROWS: tl.constexpr):
+    """expert, rows, which of them are the tile's; the others repeat its last one."""
+    expert = tl.load(map_ptr + tile)
+    first = tl.load(map_ptr + num_tiles + tile)
+    last = tl.load(map_ptr + 2 * num_tiles + tile)
+    n = first + tl.arange(0, ROWS)
+    return expert, tl.minimum(n, last - 1), n < last
+
+
+@triton.jit
+def product(
+    acc,  # [ROWS, COLUMNS]
+    x_at,  # [ROWS] pointers to the rows of x, or to d = 0 of them
+    w_at,  # [COLUMNS] pointers to the columns of w at d = 0
+    valid,  # [COLUMNS]
+    D,
+    stride_xd,
+    stride_wd,
+    DEPTH: tl.constexpr,
+    WHOLE_D: tl.constexpr,
+    WHOLE_F: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + x @ w. WHOLE_D: DEPTH divides D; WHOLE_F: every column is valid."""
+    d = tl.arange(0, DEPTH)
+    x_at = x_at[:, None] + (d * stride_xd)[None, :]
+    w_at = w_at[None, :] + (d * stride_wd)[:, None]
+    for start in range(0, D, DEPTH):
+        if WHOLE_D:
+            x = tl.load(x_at)
+        else:
+            x = tl.load(x_at, mask=(d < D - start)[None, :], other=0.0)
+        if WHOLE_D and WHOLE_F:
+            w = tl.load(w_at)
+        else:
+            w = tl.load(w_at, mask=(d < D - start)[:, None] & valid[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_at += DEPTH * stride_xd
+        w_at += DEPTH * stride_wd
+    return acc
