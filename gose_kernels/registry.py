@@ -220,13 +220,15 @@ def triton(
     op: str,
     *dtypes: torch.dtype,
     check: Callable[..., None] | None = None,
+    bind: Callable[..., tuple[Any, ...]] | None = None,
     unless: Callable[..., str | None] | None = None,
     writes: tuple[int, ...] = (),
 ) -> Backend:
     """The launcher `gose_kernels.triton.<module>.<op>`, imported when first run.
 
-    A launcher trusts its arguments: `check(*args, **options)` raises what does not fit together.
-    `unless` and `writes` are those of `native`.
+    A launcher trusts its arguments: `check(*args, **options)` raises what does not fit together, or
+    `bind`, which returns what the launcher takes in their place. `unless` and `writes` are those of
+    `native`.
     """
 
     def why_not(*args: Any, **options: Any) -> str | None:
@@ -240,8 +242,9 @@ def triton(
     def run(*args: Any, **options: Any) -> Any:
         if check is not None:
             check(*args, **options)
+        given = (args, options) if bind is None else (bind(*args, **options), {})
         launcher = getattr(importlib.import_module(f"gose_kernels.triton.{module}"), op)
-        out = launcher(*args, **options)
+        out = launcher(*given[0], **given[1])
         if writes:
             torch.autograd.graph.increment_version(_tensors(args[i] for i in writes))
         return out

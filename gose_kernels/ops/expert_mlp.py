@@ -77,7 +77,7 @@ from gose_kernels.packing import (
     unpack_experts,
 )
 from gose_kernels.quantized import WEIGHTS, check_weights
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 
 class MlpCall(NamedTuple):
@@ -111,6 +111,11 @@ class MlpCall(NamedTuple):
     def scale(self) -> float:
         """alpha as phi takes it."""
         return self.alpha if self.activation == "swiglu_oai" else 1.0
+
+    @property
+    def phi(self) -> str:
+        """The name of phi: silu, gelu, gelu_tanh, relu or relu2."""
+        return self.act.phi.__name__.removeprefix("_")
 
     @property
     def up_EDH(self) -> Tensor:
@@ -614,6 +619,13 @@ def _native(call: MlpCall, keep: bool) -> Any:
         raise
 
 
+def _bind(*args: Any, **options: Any) -> tuple[MlpCall]:
+    """A checked call, as the Triton launchers take it."""
+    call = MlpCall(*args, **options)
+    check(call)
+    return (call,)
+
+
 def _cpu(*args: Any, **options: Any) -> Tensor:
     out_TD: Tensor = _native(MlpCall(*args, **options), keep=False)
     return out_TD
@@ -699,6 +711,7 @@ def _train(*args: Any, **options: Any) -> Tensor:
 
 expert_mlp = register(
     f"expert_mlp({_ARGUMENTS}) -> Tensor",
+    triton("expert_mlp", "expert_mlp", *DTYPES, bind=_bind),
     native("cpu", _cpu, *DTYPES, path=path_of, again=repeating("expert_mlp", 3), learn=_learn),
     reference(expert_mlp_reference),
     fake=_fake,
@@ -710,6 +723,7 @@ expert_mlp = register(
 
 expert_mlp_train = register(
     f"expert_mlp_train({_ARGUMENTS}) -> (Tensor, Tensor)",
+    triton("expert_mlp", "expert_mlp_train", *DTYPES, bind=_bind),
     native("cpu", _cpu_train, *DTYPES),
     reference(expert_mlp_train_reference),
     fake=_train_fake,
