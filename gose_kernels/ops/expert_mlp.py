@@ -626,6 +626,12 @@ def _bind(*args: Any, **options: Any) -> tuple[MlpCall]:
     return (call,)
 
 
+def _bind_both(*args: Any, **options: Any) -> tuple[MlpCall, BackwardCall]:
+    call, back = bind_backward(args, options)
+    check_backward(call, back)
+    return call, back
+
+
 def _cpu(*args: Any, **options: Any) -> Tensor:
     out_TD: Tensor = _native(MlpCall(*args, **options), keep=False)
     return out_TD
@@ -738,6 +744,7 @@ expert_mlp_backward = register(
     f"{OPTIONS}, bool need_x=True, bool need_weight=True, bool need_up=True, "
     "bool need_down=True, bool need_bias_up=False, bool need_bias_down=False, "
     "str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton("expert_mlp_backward", "expert_mlp_backward", *DTYPES, bind=_bind_both),
     native("cpu", _cpu_backward, *DTYPES),
     reference(expert_mlp_backward_reference),
     fake=_backward_fake,

@@ -95,6 +95,10 @@ def check_backward(grad_NF: Tensor, x_ND: Tensor, offset_E1: Tensor) -> None:
     _check_offset(name, offset_E1)
 
 
+def _check_backward_call(*args: Tensor, **_options: bool) -> None:
+    check_backward(*args)
+
+
 def _groups(name: str, offset_E1: Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
     """The non-empty groups and their rows."""
     offset = offset_E1.tolist()
@@ -340,6 +344,7 @@ grouped_gemm = register(
 grouped_gemm_backward = register(
     "grouped_gemm_backward(Tensor grad_NF, Tensor x_ND, Tensor offset_E1, *, "
     "bool transposed=False, bool bias=False, str? backend=None) -> (Tensor, Tensor)",
+    triton("grouped_gemm", "grouped_gemm_backward", *DTYPES, check=_check_backward_call),
     native("cpu", _cpu_backward, *DTYPES),
     reference(grouped_gemm_backward_reference),
     fake=_backward_fake,

@@ -20,6 +20,7 @@ from gose_kernels.triton.tiles import (
     rows_of,
     tile_map,
 )
+from gose_kernels.triton.weight_grad import bias_grad, weight_grad
 
 
 @triton.jit
@@ -124,3 +125,17 @@ def grouped_gemm(
         return x_ND.new_empty(N, F)
     tile = row_tile(N, E, N, x_ND.dtype)
     return launch(x_ND, w_EFD, bias_EF, tile_map(offset_E1, N, tile.rows), tile)
+
+
+def grouped_gemm_backward(
+    grad_NF: Tensor,
+    x_ND: Tensor,
+    offset_E1: Tensor,
+    *,
+    transposed: bool = False,
+    bias: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the weights, in their layout, and of the bias ([0] without one)."""
+    left, right = (x_ND, grad_NF) if transposed else (grad_NF, x_ND)
+    grad_w = weight_grad(left, right, offset_E1)
+    return grad_w, bias_grad(grad_NF, offset_E1) if bias else x_ND.new_empty(0)

@@ -1,0 +1,253 @@
+"""Gradients of expert weights and biases: one program per expert and tile of its matrix, which sums
+the expert's rows in order. What is frozen is written as 0 and costs no product.
+
+Letters: N rows sorted by expert, E experts, E1 = E+1, A x B a weight matrix, U hidden units of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gose_kernels.triton.tiles import Tile, precision
+
+# An expert's rows are its sum: short steps, so that the last one wastes little.
+_HALF, _SINGLE = Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 3)
+_BIAS_ROWS, _BIAS_COLUMNS = 32, 128
+
+Side = Literal["", "left", "right"]
+
+
+class Frozen(NamedTuple):
+    """Experts, and hidden units of them, whose gradient is 0."""
+
+    experts_E: Tensor | None = None  # bool
+    units_EU: Tensor | None = None  # bool
+    pairs: bool = False  # two neighbours belong to a unit, else u and u + U do
+
+    def arguments(self, units: bool) -> dict[str, Any]:
+        units_EU = self.units_EU if units else None
+        return {
+            "frozen_ptr": None if self.experts_E is None else _bytes(self.experts_E),
+            "unit_ptr": None if units_EU is None else _bytes(units_EU),
+            "U": 1 if units_EU is None else max(1, units_EU.shape[1]),
+            "FROZEN": self.experts_E is not None,
+            "PAIRS": self.pairs,
+        }
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    return mask.contiguous().view(torch.uint8)
+
+
+@triton.jit
+def _live_units(unit_ptr, e, a, valid, U, PAIRS: tl.constexpr):
+    """Which of the elements a belong to a unit that is not frozen."""
+    unit = a // 2 if PAIRS else a % U
+    return tl.load(unit_ptr + e * U + unit, mask=valid, other=1) == 0
+
+
+@triton.jit
+def _weight_grad_kernel(
+    left_ptr,  # [N or tokens, A]
+    right_ptr,  # [N or tokens, B]
+    token_ptr,  # [N] int32 row of the gathered side, read if GATHER
+    offset_ptr,  # [E1] int32
+    out_ptr,  # [E, A, B] written once
+    A,
+    B,
+    stride_ln,
+    stride_la,
+    stride_rn,
+    stride_rb,
+    frozen_ptr,  # [E] uint8, read if FROZEN
+    unit_ptr,  # [E, U] uint8, read if UNITS
+    U,
+    FROZEN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    UNITS: tl.constexpr,  # the side whose elements belong to units, or ""
+    GATHER: tl.constexpr,  # "left", "right" or ""
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    across = tl.cdiv(B, COLUMNS)
+    tiles = tl.cdiv(A, ROWS) * across
+    e = (tl.program_id(0) // tiles).to(tl.int64)  # int64: weights pass 2**31 elements
+    tile = tl.program_id(0) % tiles
+    a = tile // across * ROWS + tl.arange(0, ROWS)
+    b = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+    valid_a, valid_b = a < A, b < B
+    first = tl.load(offset_ptr + e)
+    last = tl.load(offset_ptr + e + 1)
+    if FROZEN:
+        last = tl.where(tl.load(frozen_ptr + e) != 0, first, last)
+    if UNITS == "left":
+        live = _live_units(unit_ptr, e, a, valid_a, U, PAIRS)
+        last = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, last, first)
+    elif UNITS == "right":
+        live = _live_units(unit_ptr, e, b, valid_b, U, PAIRS)
+        last = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, last, first)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    left_at = left_ptr + (a * stride_la)[None, :]
+    right_at = right_ptr + (b * stride_rb)[None, :]
+    for start in range(first, last, DEPTH):
+        n = start + tl.arange(0, DEPTH)
+        inside = n < last
+        row = n.to(tl.int64)
+        left_row, right_row = row, row
+        if GATHER == "left":
+            left_row = tl.load(token_ptr + n, mask=inside, other=0).to(tl.int64)
+        elif GATHER == "right":
+            right_row = tl.load(token_ptr + n, mask=inside, other=0).to(tl.int64)
+        left = tl.load(
+            left_at + (left_row * stride_ln)[:, None],
+            mask=inside[:, None] & valid_a[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            right_at + (right_row * stride_rn)[:, None],
+            mask=inside[:, None] & valid_b[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+    # Selected, not multiplied: what is frozen may be NaN.
+    if UNITS == "left":
+        acc = tl.where(live[:, None], acc, 0.0)
+    elif UNITS == "right":
+        acc = tl.where(live[None, :], acc, 0.0)
+    out_at = out_ptr + (e * A + a)[:, None] * B + b[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid_a[:, None] & valid_b[None, :])
+
+
+@triton.jit
+def _bias_grad_kernel(
+    grad_ptr,  # [N or tokens, A]
+    weight_ptr,  # [N] float32, read if WEIGHTED
+    token_ptr,  # [N] int32 row of grad, read if GATHER
+    offset_ptr,  # [E1] int32
+    out_ptr,  # [E, A] written once
+    A,
+    stride_gn,
+    stride_ga,
+    frozen_ptr,  # [E] uint8, read if FROZEN
+    unit_ptr,  # [E, U] uint8, read if UNITS
+    U,
+    FROZEN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    UNITS: tl.constexpr,
+    GATHER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    e = tl.program_id(0).to(tl.int64)
+    a = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    valid = a < A
+    first = tl.load(offset_ptr + e)
+    last = tl.load(offset_ptr + e + 1)
+    if FROZEN:
+        last = tl.where(tl.load(frozen_ptr + e) != 0, first, last)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(first, last, ROWS):
+        n = start + tl.arange(0, ROWS)
+        inside = n < last
+        row = n.to(tl.int64)
+        if GATHER:
+            row = tl.load(token_ptr + n, mask=inside, other=0).to(tl.int64)
+        grad = tl.load(
+            grad_ptr + (row * stride_gn)[:, None] + (a * stride_ga)[None, :],
+            mask=inside[:, None] & valid[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if WEIGHTED:
+            grad = tl.load(weight_ptr + n, mask=inside, other=0.0)[:, None] * grad
+        acc += grad
+    total = tl.sum(acc, axis=0)
+    if UNITS:
+        total = tl.where(_live_units(unit_ptr, e, a, valid, U, PAIRS), total, 0.0)
+    tl.store(out_ptr + e * A + a, total.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+def tile_of(dtype: torch.dtype) -> Tile:
+    return _SINGLE if dtype == torch.float32 else _HALF
+
+
+def weight_grad(
+    left: Tensor,
+    right: Tensor,
+    offset_E1: Tensor,
+    *,
+    token_N: Tensor | None = None,
+    gather: Side = "",
+    frozen: Frozen | None = None,
+    units: Side = "",
+) -> Tensor:
+    """[E, A, B]: left^T @ right over the rows of every expert; the gathered side has tokens."""
+    E, A, B = offset_E1.numel() - 1, left.shape[1], right.shape[1]
+    out_EAB = left.new_empty(E, A, B)
+    tile = tile_of(left.dtype)
+    grid = (E * triton.cdiv(A, tile.rows) * triton.cdiv(B, tile.columns),)
+    frozen = frozen or Frozen()
+    if grid[0]:
+        with torch.cuda.device_of(left):
+            _weight_grad_kernel[grid](
+                left,
+                right,
+                token_N,
+                offset_E1.contiguous(),
+                out_EAB,
+                A,
+                B,
+                *left.stride(),
+                *right.stride(),
+                **frozen.arguments(units != ""),
+                UNITS=units if frozen.units_EU is not None else "",
+                GATHER=gather,
+                PRECISION=precision(left.dtype),
+                ROWS=tile.rows,
+                COLUMNS=tile.columns,
+                DEPTH=tile.depth,
+                **tile.options,
+            )
+    return out_EAB
+
+
+def bias_grad(
+    grad: Tensor,
+    offset_E1: Tensor,
+    *,
+    token_N: Tensor | None = None,
+    weight_N: Tensor | None = None,
+    frozen: Frozen | None = None,
+    units: bool = False,
+) -> Tensor:
+    """[E, A]: the sum of every expert's rows of grad, of its tokens' rows if those are given."""
+    E, A = offset_E1.numel() - 1, grad.shape[1]
+    out_EA = grad.new_empty(E, A)
+    frozen = frozen or Frozen()
+    if out_EA.numel():
+        with torch.cuda.device_of(grad):
+            _bias_grad_kernel[(E, triton.cdiv(A, _BIAS_COLUMNS))](
+                grad,
+                weight_N,
+                token_N,
+                offset_E1.contiguous(),
+                out_EA,
+                A,
+                *grad.stride(),
+                **frozen.arguments(units),
+                UNITS=units and frozen.units_EU is not None,
+                GATHER=token_N is not None,
+                WEIGHTED=weight_N is not None,
+                ROWS=_BIAS_ROWS,
+                COLUMNS=_BIAS_COLUMNS,
+                num_warps=4,
+                enable_fp_fusion=True,
+            )
+    return out_EA
