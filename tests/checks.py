@@ -96,18 +96,28 @@ def assert_close_within_ulps(
     assert_close_to_truth(got, same_dtype_reference, moved)
 
 
-def backends_of(name: str, *only: str) -> list[object]:
+def backends_of(name: str, *only: str, interpreted: int | None = None) -> list[object]:
     """Every written backend of op `name`, or those named, as a pytest parameter; one that cannot
-    run on CPU tensors here is skipped with its reason."""
+    run on CPU tensors here is skipped with its reason. Of the cases on triton, which an interpreter
+    runs, a sampled run keeps `interpreted`."""
     op = gk.OPS[name]
     assert op.example is not None
     reasons = op.reasons(*op.example(torch.device("cpu"), torch.float32))
     return [
         pytest.param(
             b.name,
-            marks=[]
-            if (reason := reasons[b.name]) is None
-            else pytest.mark.skip(reason=f"{name} on {b.name}: {reason}"),
+            marks=[
+                *(
+                    [pytest.mark.skip(reason=f"{name} on {b.name}: {reason}")]
+                    if (reason := reasons[b.name]) is not None
+                    else []
+                ),
+                *(
+                    [pytest.mark.matrix(keep=interpreted)]
+                    if interpreted is not None and b.name == "triton"
+                    else []
+                ),
+            ],
             id=b.name,
         )
         for b in op.backends

@@ -1,4 +1,4 @@
-"""Activations of expert MLPs and their gradients inside kernels; ops/activations.py has the formulas.
+"""Activations of expert MLPs and their slopes inside kernels; ops/activations.py has the formulas.
 
 Letters: F hidden units; gate and up are two halves of the pre-activation.
 """
@@ -30,16 +30,16 @@ def options_of(call: MlpCall) -> dict[str, Any]:
 @triton.jit
 def phi(g, alpha, PHI: tl.constexpr):
     if PHI == "silu":
-        return g * tl.sigmoid(alpha * g)
+        out = g * tl.sigmoid(alpha * g)
     elif PHI == "gelu":
-        return 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
+        out = 0.5 * g * (1.0 + tl.erf(g * 0.7071067811865476))
     elif PHI == "gelu_tanh":  # (1 + tanh(u)) / 2 is sigmoid(2 u), exact far below 0 too
-        return g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
-    elif PHI == "relu":
-        return tl.where(g < 0.0, 0.0, g)  # NaN stays
+        out = g * tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
     else:
-        r = tl.where(g < 0.0, 0.0, g)
-        return r * r
+        out = tl.where(g < 0.0, 0.0, g)  # NaN stays
+        if PHI == "relu2":
+            out *= out
+    return out
 
 
 @triton.jit
@@ -47,19 +47,20 @@ def slope(g, alpha, PHI: tl.constexpr):
     """The derivative of phi, finite for finite g."""
     if PHI == "silu":
         s = tl.sigmoid(alpha * g)
-        return s + alpha * g * s * (1.0 - s)
+        out = s + alpha * g * s * (1.0 - s)
     elif PHI == "gelu":
         density = tl.exp(-0.5 * g * g) * 0.3989422804014327
-        return 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density
+        out = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476)) + g * density
     elif PHI == "gelu_tanh":
         # Beyond 20 the sigmoid is 0 or 1: the clamp keeps its slope from being inf * 0.
         c = tl.where(g > 20.0, 20.0, tl.where(g < -20.0, -20.0, g))
         s = tl.sigmoid(1.5957691216057308 * (c + 0.044715 * c * c * c))
-        return s + c * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * c * c)
+        out = s + c * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * c * c)
     elif PHI == "relu":
-        return tl.where(g > 0.0, 1.0, 0.0)
+        out = tl.where(g > 0.0, 1.0, 0.0)
     else:
-        return 2.0 * tl.where(g < 0.0, 0.0, g)
+        out = 2.0 * tl.where(g < 0.0, 0.0, g)
+    return out
 
 
 @triton.jit

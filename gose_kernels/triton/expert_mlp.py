@@ -1,7 +1,7 @@
 """expert_mlp on a GPU: a plan of rows, two grouped GEMMs, and the gather-sum of `combine`.
 
-Letters: T tokens, K slots of a token, N = T*K rows, E experts, D width, F hidden, H = 2F with a gate
-or F. The contract is in ops/expert_mlp.py. The first GEMM gathers its rows from the tokens and
+Letters: T tokens, K slots of a token, N = T*K rows, E experts, D width, F hidden, H = 2F with a
+gate or F. The contract is in ops/expert_mlp.py. The first GEMM gathers its rows from the tokens and
 activates its sums; what leaves it is `a`, and for training `pre`.
 """
 
@@ -63,11 +63,11 @@ def _up_kernel(
     GROUP: tl.constexpr,
 ):
     tile, column = place(num_tiles, tl.cdiv(F, COLUMNS), GROUP)
-    e, n, inside = rows_of(map_ptr, num_tiles, tile, ROWS)
+    e, first, r, inside = rows_of(map_ptr, num_tiles, tile, ROWS)
     if e < 0:
         return
-    token = tl.load(token_ptr + n).to(tl.int64)  # -1 in the rows of no expert, where D is 0
-    e, n = e.to(tl.int64), n.to(tl.int64)  # int64: rows and weights pass 2**31 elements
+    token = tl.load(token_ptr + first + r).to(tl.int64)  # -1 in rows of no expert, where D is 0
+    e = e.to(tl.int64)  # int64: rows and weights pass 2**31 elements
     width = tl.where(e < E, D, 0)
     WIDE: tl.constexpr = 2 * COLUMNS if FORM == "pairs" else COLUMNS
     H = F if FORM == "alone" else 2 * F
@@ -78,7 +78,6 @@ def _up_kernel(
     acc = tl.zeros([ROWS, WIDE], tl.float32)
     biased = valid_h & (e < E)
     keep = inside[:, None] & valid_h[None, :]
-    pre_at = (n * H)[:, None] + h[None, :]
     if FORM == "halves":
         gate, up = _two_products(
             x_at, w_at, w_at + F * stride_wh, valid_h, width, stride_xd, stride_wd,
@@ -88,8 +87,9 @@ def _up_kernel(
             gate += tl.load(bias_ptr + e * H + h, mask=biased, other=0.0).to(tl.float32)[None, :]
             up += tl.load(bias_ptr + e * H + F + h, mask=biased, other=0.0).to(tl.float32)[None, :]
         if KEEP:
-            tl.store(pre_ptr + pre_at, gate.to(pre_ptr.dtype.element_ty), mask=keep)
-            tl.store(pre_ptr + pre_at + F, up.to(pre_ptr.dtype.element_ty), mask=keep)
+            pre_at = pre_ptr + first * H + (r * H)[:, None] + h[None, :]
+            tl.store(pre_at, gate.to(pre_ptr.dtype.element_ty), mask=keep)
+            tl.store(pre_at + F, up.to(pre_ptr.dtype.element_ty), mask=keep)
     else:
         acc = product(
             acc, x_at, w_at, valid_h, width, stride_xd, stride_wd,
@@ -98,7 +98,8 @@ def _up_kernel(
         if BIAS:
             acc += tl.load(bias_ptr + e * H + h, mask=biased, other=0.0).to(tl.float32)[None, :]
         if KEEP:
-            tl.store(pre_ptr + pre_at, acc.to(pre_ptr.dtype.element_ty), mask=keep)
+            pre_at = pre_ptr + first * H + (r * H)[:, None] + h[None, :]
+            tl.store(pre_at, acc.to(pre_ptr.dtype.element_ty), mask=keep)
         if FORM == "pairs":
             gate, up = tl.split(tl.reshape(acc, [ROWS, COLUMNS, 2]))
         else:
@@ -109,7 +110,7 @@ def _up_kernel(
         gate, up = clamped(gate, up, limit, LIMITED)
         a = phi(gate, alpha, PHI) * (up + shift)
     f = column * COLUMNS + tl.arange(0, COLUMNS)
-    a_at = a_ptr + (n * F)[:, None] + f[None, :]
+    a_at = a_ptr + first * F + (r * F)[:, None] + f[None, :]
     tl.store(a_at, a.to(a_ptr.dtype.element_ty), mask=inside[:, None] & (f < F)[None, :])
 
 
@@ -137,10 +138,7 @@ def _two_products(
     gate = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, DEPTH):
-        if WHOLE_D:
-            x = tl.load(x_at)
-        else:
-            x = tl.load(x_at, mask=(d < D - start)[None, :], other=0.0)
+        x = tl.load(x_at) if WHOLE_D else tl.load(x_at, mask=(d < D - start)[None, :], other=0.0)
         if WHOLE_D and WHOLE_F:
             w_gate = tl.load(gate_at)
             w_up = tl.load(up_at)
@@ -159,7 +157,7 @@ def _two_products(
 def tile_of(call: MlpCall, num_experts: int) -> Tile:
     """The tile of a call: no expert has more rows than there are tokens, or slots where K > E."""
     T, K = call.expert_TK.shape
-    most = T if K <= num_experts else T * K
+    most = T if num_experts >= K else T * K
     return row_tile(T * K, num_experts, most, call.x_TD.dtype)
 
 
@@ -206,9 +204,9 @@ def _up(
 
 def _forward(call: MlpCall, keep: bool) -> tuple[Tensor, Tensor]:
     """out_TD and, if kept, pre_NH; expert ids are trusted."""
-    E, F, D = call.down_EFD.shape
+    E = call.down_EFD.shape[0]
     N, empty = call.expert_TK.numel(), call.x_TD.new_empty
-    if N == 0 or call.x_TD.numel() == 0 and not keep:
+    if N == 0 or (call.x_TD.numel() == 0 and not keep):
         return call.x_TD.new_zeros(call.x_TD.shape), empty(N if keep else 0, call.up_EDH.shape[2])
     with torch.cuda.device_of(call.x_TD):
         row_TK, token_N, offset_E1 = dispatch(call.expert_TK, E)

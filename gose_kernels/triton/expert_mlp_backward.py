@@ -1,8 +1,8 @@
 """expert_mlp's backward on a GPU, from x, the weights and pre: no other activation was kept.
 
-Letters: T tokens, K slots of a token, N = T*K rows, E experts, D width, F hidden, H = 2F with a gate
-or F. One GEMM makes the gradient of `a`; its epilogue makes `a` again and from both the gradient of
-pre, weight * a for the gradient of w_down, and the share of its columns in the gate's gradient.
+Letters: T tokens, K slots of a token, N = T*K rows, E experts, D width, F hidden, H = 2F with a
+gate or F. One GEMM makes the gradient of `a`; its epilogue makes `a` again and from both the
+gradient of pre, weight * a for the gradient of w_down, and the gate gradient of its columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gose_kernels.triton.combine import combine
 from gose_kernels.triton.dispatch import dispatch
 from gose_kernels.triton.expert_mlp import tile_of
 from gose_kernels.triton.tiles import GROUP, Tile, place, precision, product, rows_of, tile_map
-from gose_kernels.triton.weight_grad import Frozen, bias_grad, weight_grad
+from gose_kernels.triton.weight_grad import LEFT, RIGHT, Frozen, bias_grad, weight_grad
 
 BackwardCall = Any  # of ops/expert_mlp.py, which this layer does not import
 
@@ -40,6 +40,34 @@ def _row_weight_kernel(
     row = tl.load(row_ptr + slot, mask=slot < N, other=-1)
     weight = tl.load(weight_ptr + slot, mask=row >= 0, other=0.0)
     tl.store(out_ptr + row, weight, mask=row >= 0)
+
+
+@triton.jit
+def _pre(
+    pre_ptr,  # [rows, H], the tile's first row
+    r,
+    inside,
+    column,
+    F,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """gate and up in float32; up is gate where there is no gate."""
+    if FORM == "pairs":
+        h = column * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS)
+        keep = inside[:, None] & (h < 2 * F)[None, :]
+        pre = tl.load(pre_ptr + (r * 2 * F)[:, None] + h[None, :], mask=keep, other=0.0)
+        gate, up = tl.split(tl.reshape(pre.to(tl.float32), [ROWS, COLUMNS, 2]))
+    else:
+        f = column * COLUMNS + tl.arange(0, COLUMNS)
+        keep = inside[:, None] & (f < F)[None, :]
+        at = pre_ptr + (r * (F if FORM == "alone" else 2 * F))[:, None] + f[None, :]
+        gate = tl.load(at, mask=keep, other=0.0).to(tl.float32)
+        up = gate
+        if FORM == "halves":
+            up = tl.load(at + F, mask=keep, other=0.0).to(tl.float32)
+    return gate, up
 
 
 @triton.jit
@@ -81,11 +109,11 @@ def _hidden_grad_kernel(
     GROUP: tl.constexpr,
 ):
     tile, column = place(num_tiles, tl.cdiv(F, COLUMNS), GROUP)
-    e, n, inside = rows_of(map_ptr, num_tiles, tile, ROWS)
+    e, first, r, inside = rows_of(map_ptr, num_tiles, tile, ROWS)
     if (e < 0) | (e == E):
         return
-    token = tl.load(token_ptr + n).to(tl.int64)
-    e, n = e.to(tl.int64), n.to(tl.int64)  # int64: rows and weights pass 2**31 elements
+    token = tl.load(token_ptr + first + r).to(tl.int64)
+    e = e.to(tl.int64)  # int64: rows and weights pass 2**31 elements
     f = column * COLUMNS + tl.arange(0, COLUMNS)
     valid = f < F
     keep = inside[:, None] & valid[None, :]
@@ -103,46 +131,47 @@ def _hidden_grad_kernel(
         PRECISION,
     )
     H = F if FORM == "alone" else 2 * F
-    pre_at = (n * H)[:, None] + f[None, :]
-    if FORM == "pairs":
-        h = column * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS)
-        pre_at = (n * H)[:, None] + h[None, :]
-        keep_h = inside[:, None] & (h < H)[None, :]
-        pre = tl.load(pre_ptr + pre_at, mask=keep_h, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(pre, [ROWS, COLUMNS, 2]))
-    else:
-        gate = tl.load(pre_ptr + pre_at, mask=keep, other=0.0).to(tl.float32)
-        up = gate
-        if FORM == "halves":
-            up = tl.load(pre_ptr + pre_at + F, mask=keep, other=0.0).to(tl.float32)
-    low, within = clamped(gate, up, limit, LIMITED)
-    value = phi(low, alpha, PHI)
-    factor = 1.0 if FORM == "alone" else within + shift
-    weight = tl.load(weight_ptr + n)[:, None] if PRE or HIDDEN else 0.0
-    at = (n * F)[:, None] + f[None, :]
-    if HIDDEN:
-        hidden = (weight * value * factor).to(hidden_ptr.dtype.element_ty)
-        tl.store(hidden_ptr + at, hidden, mask=keep)
-    if SHARE:
-        share = tl.sum(tl.where(keep, grad_a * value * factor, 0.0), axis=1)
-        tl.store(share_ptr + column.to(tl.int64) * N + n, share, mask=inside)
+    pre_ptr += first * H
+    weight = tl.load(weight_ptr + first + r)[:, None] if PRE or HIDDEN else 0.0
+    if HIDDEN or SHARE:
+        gate, up = _pre(pre_ptr, r, inside, column, F, FORM, ROWS, COLUMNS)
+        gate, up = clamped(gate, up, limit, LIMITED)
+        a = phi(gate, alpha, PHI)
+        if FORM != "alone":
+            a *= up + shift
+        if SHARE:
+            share = tl.sum(tl.where(keep, grad_a * a, 0.0), axis=1)
+            tl.store(share_ptr + column.to(tl.int64) * N + first + r, share, mask=inside)
+        if HIDDEN:
+            hidden_at = hidden_ptr + first * F + (r * F)[:, None] + f[None, :]
+            tl.store(hidden_at, (weight * a).to(hidden_ptr.dtype.element_ty), mask=keep)
     if PRE:
-        into_gate = weight * grad_a * factor * slope(low, alpha, PHI)
-        into_up = weight * grad_a * value
+        # pre is read again behind a barrier: kept from above, it would not fit the registers.
+        tl.debug_barrier()
+        gate, up = _pre(pre_ptr, r, inside, column, F, FORM, ROWS, COLUMNS)
+        low, within = clamped(gate, up, limit, LIMITED)
+        grad_a *= weight
+        into_up = grad_a * phi(low, alpha, PHI)
+        if FORM != "alone":
+            grad_a *= within + shift
+        into_gate = grad_a * slope(low, alpha, PHI)
         if LIMITED:
             into_gate = tl.where(gate > limit, 0.0, into_gate)
             into_up = tl.where(tl.abs(up) > limit, 0.0, into_up)
+        grad_pre_ptr += first * H
         if FORM == "pairs":
+            h = column * 2 * COLUMNS + tl.arange(0, 2 * COLUMNS)
             both = tl.reshape(tl.join(into_gate, into_up), [ROWS, 2 * COLUMNS])
-            tl.store(grad_pre_ptr + pre_at, both.to(grad_pre_ptr.dtype.element_ty), mask=keep_h)
-        else:
             tl.store(
-                grad_pre_ptr + pre_at, into_gate.to(grad_pre_ptr.dtype.element_ty), mask=keep
+                grad_pre_ptr + (r * H)[:, None] + h[None, :],
+                both.to(grad_pre_ptr.dtype.element_ty),
+                mask=inside[:, None] & (h < H)[None, :],
             )
+        else:
+            at = grad_pre_ptr + (r * H)[:, None] + f[None, :]
+            tl.store(at, into_gate.to(grad_pre_ptr.dtype.element_ty), mask=keep)
             if FORM == "halves":
-                tl.store(
-                    grad_pre_ptr + pre_at + F, into_up.to(grad_pre_ptr.dtype.element_ty), mask=keep
-                )
+                tl.store(at + F, into_up.to(grad_pre_ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -213,7 +242,8 @@ def _hidden_grad(
     """grad_pre_NH, hidden_NF = weight * a, and shares of the gate's gradient; [0] if not needed."""
     w_EDF = call.w_down_EDF.mT if call.transposed else call.w_down_EDF
     (E, D, F), N, empty = w_EDF.shape, token_N.numel(), call.x_TD.new_empty
-    columns = tile.columns // 2 if call.act.gated else tile.columns
+    # The epilogue holds several tiles at once, and pairs are taken apart in registers.
+    columns = tile.columns // (4 if call.interleaved else 2)
     grad_pre_NH = empty(back.pre_NH.shape if back.need_pre else 0)
     hidden_NF = empty(N, F) if back.need_down else empty(0)
     shares = (triton.cdiv(F, columns), N) if back.need_weight else (0, N)
@@ -289,9 +319,27 @@ def _x_grad(
     return combine(grad_x_ND, torch.ones_like(row_TK, dtype=torch.float32), row_TK)
 
 
+def _of_weights(
+    units_N: Tensor,
+    tokens_T: Tensor,
+    offset_E1: Tensor,
+    token_N: Tensor,
+    units_first: bool,
+    frozen: Frozen,
+) -> Tensor:
+    """The gradient of weights between hidden units, which have rows, and what tokens have."""
+    if units_first:
+        left, right, gather, units = units_N, tokens_T, RIGHT, LEFT
+    else:
+        left, right, gather, units = tokens_T, units_N, LEFT, RIGHT
+    return weight_grad(
+        left, right, offset_E1, token_N=token_N, gather=gather, frozen=frozen, units=units
+    )
+
+
 def expert_mlp_backward(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]:
     """Gradients of x, weight, w_up, w_down, bias_up and bias_down; [0] for one not needed."""
-    E, F, D = call.down_EFD.shape
+    E, _, D = call.down_EFD.shape
     H, N = call.up_EDH.shape[2], call.expert_TK.numel()
     x_TD, none = call.x_TD, call.x_TD.new_empty(0)
     if N == 0:
@@ -317,27 +365,12 @@ def expert_mlp_backward(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]
         grad_weight = call.weight_TK.new_empty(0)
         if back.need_weight:
             grad_weight = _gate_grad(call, back, row_TK, share)
+        tokens = (offset_E1, token_N)
         grad_up = grad_down = none
         if back.need_up:
-            of_up = {"token_N": token_N, "frozen": frozen_up}
-            if call.transposed:
-                grad_up = weight_grad(
-                    x_TD, grad_pre_NH, offset_E1, gather="left", units="right", **of_up
-                )
-            else:
-                grad_up = weight_grad(
-                    grad_pre_NH, x_TD, offset_E1, gather="right", units="left", **of_up
-                )
+            grad_up = _of_weights(grad_pre_NH, x_TD, *tokens, not call.transposed, frozen_up)
         if back.need_down:
-            of_down = {"token_N": token_N, "frozen": frozen}
-            if call.transposed:
-                grad_down = weight_grad(
-                    hidden_NF, back.grad_TD, offset_E1, gather="right", units="left", **of_down
-                )
-            else:
-                grad_down = weight_grad(
-                    back.grad_TD, hidden_NF, offset_E1, gather="left", units="right", **of_down
-                )
+            grad_down = _of_weights(hidden_NF, back.grad_TD, *tokens, call.transposed, frozen)
         grad_bias_up = grad_bias_down = none
         if back.need_bias_up:
             grad_bias_up = bias_grad(grad_pre_NH, offset_E1, frozen=frozen_up, units=True)

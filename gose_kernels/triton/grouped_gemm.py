@@ -49,15 +49,15 @@ def _grouped_gemm_kernel(
     GROUP: tl.constexpr,
 ):
     tile, column = place(num_tiles, tl.cdiv(F, COLUMNS), GROUP)
-    e, n, inside = rows_of(map_ptr, num_tiles, tile, ROWS)
+    e, first, r, inside = rows_of(map_ptr, num_tiles, tile, ROWS)
     if e < 0:
         return
-    e, n = e.to(tl.int64), n.to(tl.int64)  # int64: rows and weights pass 2**31 elements
+    e = e.to(tl.int64)  # int64: rows and weights pass 2**31 elements
     f = column * COLUMNS + tl.arange(0, COLUMNS)
     valid = f < F
     acc = product(
         tl.zeros([ROWS, COLUMNS], tl.float32),
-        x_ptr + n * stride_xn,
+        x_ptr + (first + r) * stride_xn,
         w_ptr + e * stride_we + f * stride_wf,
         valid,
         tl.where(e < E, D, 0),
@@ -71,7 +71,7 @@ def _grouped_gemm_kernel(
     if BIAS:
         bias = tl.load(bias_ptr + e * F + f, mask=valid & (e < E), other=0.0)
         acc += bias.to(tl.float32)[None, :]
-    y_at = y_ptr + (n * F)[:, None] + f[None, :]
+    y_at = y_ptr + first * F + (r * F)[:, None] + f[None, :]
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=inside[:, None] & valid[None, :])
 
 

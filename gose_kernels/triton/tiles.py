@@ -148,12 +148,13 @@ def place(num_tiles, num_columns, GROUP: tl.constexpr):
 
 @triton.jit
 def rows_of(map_ptr, num_tiles, tile, ROWS: tl.constexpr):
-    """expert, rows, which of them are the tile's; the others repeat its last one."""
+    """expert, first row (int64), rows from there on, which of them are the tile's: the others
+    repeat its last one."""
     expert = tl.load(map_ptr + tile)
     first = tl.load(map_ptr + num_tiles + tile)
-    last = tl.load(map_ptr + 2 * num_tiles + tile)
-    n = first + tl.arange(0, ROWS)
-    return expert, tl.minimum(n, last - 1), n < last
+    count = tl.load(map_ptr + 2 * num_tiles + tile) - first
+    r = tl.arange(0, ROWS)
+    return expert, first.to(tl.int64), tl.minimum(r, count - 1), r < count
 
 
 @triton.jit
@@ -175,10 +176,7 @@ def product(
     x_at = x_at[:, None] + (d * stride_xd)[None, :]
     w_at = w_at[None, :] + (d * stride_wd)[:, None]
     for start in range(0, D, DEPTH):
-        if WHOLE_D:
-            x = tl.load(x_at)
-        else:
-            x = tl.load(x_at, mask=(d < D - start)[None, :], other=0.0)
+        x = tl.load(x_at) if WHOLE_D else tl.load(x_at, mask=(d < D - start)[None, :], other=0.0)
         if WHOLE_D and WHOLE_F:
             w = tl.load(w_at)
         else:

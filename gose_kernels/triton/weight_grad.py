@@ -20,6 +20,8 @@ _HALF, _SINGLE = Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 3)
 _BIAS_ROWS, _BIAS_COLUMNS = 32, 128
 
 Side = Literal["", "left", "right"]
+LEFT: Side = "left"
+RIGHT: Side = "right"
 
 
 class Frozen(NamedTuple):

@@ -11,8 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.build.reports import Report, of_cuda, of_triton
-from tests.gpu import triton_host
+from tests.gpu import gemm_ops, triton_host
 from tests.gpu.ops import OPS
 
 PATH = Path(__file__).parent / "budget.json"
@@ -47,6 +49,23 @@ def triton(target: str, folder: Path) -> Table:
     return {f"triton {target}": found}
 
 
+def gemms(target: str, folder: Path) -> Table:
+    """The widest tile of every expert GEMM in bfloat16 and float32."""
+    found: dict[str, Any] = {}
+    for name, op in gemm_ops.OPS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            launched: list[triton_host.Launched] = []
+            with triton_host.launches_go_to(target, launched.append):
+                op.triton(name)(*next(op.tiles(dtype))[1])
+            short = str(dtype).removeprefix("torch.")
+            for one in launched:
+                if one.compiled.metadata.name in gemm_ops.GEMM_KERNELS:
+                    kernel = one.compiled.metadata.name.removeprefix("_")
+                    report = of_triton(one.compiled, folder)
+                    found.setdefault(f"{name} {kernel} {short}", report._asdict())
+    return {f"gemm {target}": found}
+
+
 def worse(now: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     """What is worse than the budget, in words."""
     a, b = Report(**now), Report(**budget)
@@ -76,6 +95,7 @@ def main() -> None:
         table = cuda({stem: lib for stem, (lib, _) in compile_sources(Path(folder)).items()})
         for target in triton_host.TARGETS:
             table.update(triton(target, Path(folder)))
+            table.update(gemms(target, Path(folder)))
     text = json.dumps(table, indent=1, sort_keys=True)
     PATH.write_text(text + "\n", encoding="utf-8")
 

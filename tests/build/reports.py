@@ -51,7 +51,7 @@ def resident_warps(registers: int, shared: int, threads: int) -> int:
 
 
 def _widest(code: str, opcode: str) -> int:
-    """Bits of the widest LDG or STG in SASS; the plain form is 32 bits."""
+    """Bits of the widest access of an opcode in SASS; the plain form is 32 bits."""
     found = re.findall(rf"\b{opcode}\.E(?:\.\w+)*", code)
     widths = [re.search(r"\.(128|64|U16|S16|U8|S8)\b", f) for f in found]
     bits = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
@@ -89,7 +89,7 @@ def of_cuda(library: Path, threads: int) -> Iterator[tuple[str, str, Report]]:
                     stack + local,
                     shared,
                     resident_warps(registers, shared, threads),
-                    _widest(code, "LDG"),
+                    max(_widest(code, "LDG"), _widest(code, "LDGSTS")),
                     _widest(code, "STG"),
                     _notable(code, NOTABLE),
                 ),

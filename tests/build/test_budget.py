@@ -41,6 +41,16 @@ def test_triton_kernels_keep_their_budget(
     assert_within(budget.triton(target, tmp_path)[key], wanted[key])
 
 
+@pytest.mark.matrix(keep=1)
+@pytest.mark.parametrize("target", triton_host.TARGETS)
+def test_expert_gemms_keep_their_budget(
+    target: str, wanted: budget.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    key = f"gemm {target}"
+    assert_within(budget.gemms(target, tmp_path)[key], wanted[key])
+
+
 def test_a_worse_kernel_is_found(wanted: budget.Table) -> None:
     """Each fact of a report, made worse alone."""
     good = wanted["cuda sm_80"]["combine_kernel<float, 4>"]

@@ -41,7 +41,7 @@ def test_reference_is_the_formula(case: cases.ExpertMlpCase) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("case", cases.expert_mlp, ids=str)
-@pytest.mark.parametrize("backend", backends_of("expert_mlp"))
+@pytest.mark.parametrize("backend", backends_of("expert_mlp", interpreted=12))
 def test_matches_reference(case: cases.ExpertMlpCase, dtype: torch.dtype, backend: str) -> None:
     args, options = case.build(dtype)
     got = gk.expert_mlp(*args, **options, backend=backend)
@@ -282,7 +282,7 @@ def test_refusals(changes: dict[str, Any], message: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("expert", [-1, 5])
-@pytest.mark.parametrize("backend", backends_of("expert_mlp"))
+@pytest.mark.parametrize("backend", backends_of("expert_mlp", "cpu", "torch"))
 def test_refuses_an_expert_that_does_not_exist(expert: int, backend: str) -> None:
     args, _ = _call(expert_TK=torch.full((3, 2), expert, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"expert_TK must hold experts in \[0, num_experts=4\]"):

@@ -33,7 +33,7 @@ from tests.expert_mlp_oracle import (
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("case", cases.expert_mlp, ids=str)
-@pytest.mark.parametrize("backend", backends_of("expert_mlp_backward"))
+@pytest.mark.parametrize("backend", backends_of("expert_mlp_backward", interpreted=10))
 def test_gradients_match_reference(
     case: cases.ExpertMlpCase, dtype: torch.dtype, backend: str
 ) -> None:

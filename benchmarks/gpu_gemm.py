@@ -1,0 +1,194 @@
+"""Work of the expert GEMMs on a GPU by closed forms: predicted from shapes, nothing is measured.
+
+    python -m benchmarks gpu-gemm [--json]
+
+prints for models at T tokens what share of the tensor cores' FLOPs is useful, with balanced, random
+and skewed loads, and the activation bytes of a layer beside those of other published schemes. The
+tests assert that the PTX machine counts what `grouped_gemm` and `weight_grad` say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from gose_kernels.triton import tiles
+from gose_kernels.triton.tiles import Tile
+from gose_kernels.triton.weight_grad import tile_of
+
+# float32 is three products of tf32.
+_PRODUCTS = {torch.float32: 3, torch.bfloat16: 1, torch.float16: 1}
+
+
+class Work(NamedTuple):
+    bytes: int  # inputs that are used and outputs, each once
+    flops: int  # 2 * multiply-adds that the op declares
+    mma_flops: int  # what the tensor cores are told to do, padding included
+    launches: int
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def _issued(loads: Sequence[int], columns: int, depth: int, tile: Tile) -> int:
+    """Multiply-adds, times 2, of a product [rows of every expert, depth] @ [depth, columns]."""
+    rows = sum(_up(n, tile.rows) for n in loads)
+    return 2 * rows * _up(columns, tile.columns) * _up(depth, tile.depth)
+
+
+def grouped_gemm(loads: Sequence[int], F: int, D: int, dtype: torch.dtype) -> Work:
+    """[N, D] @ [E, F, D] with `loads` rows for the experts, all rows used."""
+    N, busy = sum(loads), sum(n > 0 for n in loads)
+    tile = tiles.row_tile(N, len(loads), N, dtype)
+    moved = (N * (D + F) + busy * F * D) * dtype.itemsize
+    issued = _issued(loads, F, D, tile) * _PRODUCTS[dtype]
+    return Work(moved, 2 * N * F * D, issued, 2)
+
+
+def map_bytes(N: int, E: int, dtype: torch.dtype) -> int:
+    """At most so many bytes move besides: offsets, and the map of tiles, written and read."""
+    rows = tiles.row_tile(N, E, N, dtype).rows
+    groups = min(E + 1, N)
+    return 4 * (E + 1) + 2 * 12 * (groups + (N - groups) // rows)
+
+
+def weight_grad(loads: Sequence[int], A: int, B: int, dtype: torch.dtype) -> Work:
+    """The gradient [E, A, B] of weights, every row of both sides used."""
+    N, E, tile = sum(loads), len(loads), tile_of(dtype)
+    moved = (N * (A + B) + E * A * B) * dtype.itemsize
+    steps = sum(_up(n, tile.depth) for n in loads)
+    issued = 2 * steps * _up(A, tile.rows) * _up(B, tile.columns) * _PRODUCTS[dtype]
+    return Work(moved, 2 * N * A * B, issued, 1)
+
+
+KINDS = ("balanced", "random", "zipf")
+
+
+class Layer(NamedTuple):
+    """A gated layer of a known model."""
+
+    E: int
+    K: int
+    D: int
+    F: int
+
+
+MODELS = {
+    "olmoe": Layer(64, 8, 2048, 1024),
+    "qwen3": Layer(128, 8, 2048, 768),
+    "mixtral": Layer(8, 2, 4096, 14336),
+}
+
+
+def loads_of(kind: str, rows: int, experts: int) -> list[int]:
+    """balanced: equal; random: every row draws its expert; zipf: popularity 1 / rank."""
+    if kind == "balanced":
+        return [rows // experts] * experts
+    random = torch.Generator().manual_seed(0)
+    share = torch.ones(experts) if kind == "random" else 1 / torch.arange(1.0, experts + 1)
+    drawn = torch.multinomial(share, rows, replacement=True, generator=random)
+    return [int(n) for n in torch.bincount(drawn, minlength=experts)]
+
+
+def issued_share(layer: Layer, T: int, kind: str, *, backward: bool) -> float:
+    """Issued tensor-core FLOPs over useful ones, bfloat16, of a layer's forward or backward."""
+    loads, (E, _, D, F) = loads_of(kind, T * layer.K, layer.E), layer
+    N = sum(loads)
+    tile = tiles.row_tile(N, E, min(T, N), torch.bfloat16)
+    gated = tile._replace(columns=tile.columns // 2)
+    if not backward:
+        issued = 2 * _issued(loads, F, D, gated) + _issued(loads, D, F, tile)
+        return issued / (6 * N * D * F)
+    issued = _issued(loads, F, D, gated) + _issued(loads, D, 2 * F, tile)
+    issued += weight_grad(loads, 2 * F, D, torch.bfloat16).mma_flops
+    issued += weight_grad(loads, D, F, torch.bfloat16).mma_flops
+    return issued / (12 * N * D * F)
+
+
+# Passes over activations as (N x D, N x H, N x F, T x D) elements, read plus written; H = 2F. Rows
+# gathered from tokens count as rows. Weights are read and their gradients written alike by all.
+_OURS = {
+    "forward": [(1, 1, 1, 0), (1, 0, 1, 0), (1, 0, 0, 1)],  # up, down, combine
+    # gradient of a and its epilogue, dX, combine, dW_up, dW_down
+    "backward": [(1, 2, 1, 0), (1, 1, 0, 0), (1, 0, 0, 1), (1, 1, 0, 0), (1, 0, 1, 0)],
+}
+SCHEMES: dict[str, dict[str, list[tuple[int, int, int, int]]]] = {
+    "gose": _OURS,
+    # Gathers in the GEMMs; the activation and the weights are passes of their own; y is kept.
+    "scattermoe": {
+        "forward": [(1, 1, 0, 0), (0, 0, 5, 0), (1, 0, 1, 0), (1, 0, 0, 1)],
+        "backward": [
+            *((1, 0, 0, 1), (2, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 0), (0, 0, 10, 0)),
+            *((1, 1, 0, 0), (1, 0, 0, 1), (2, 0, 0, 0), (1, 1, 0, 0)),
+        ],
+    },
+    # transformers' grouped_mm: gather, up, silu, product, down, weights, inverse gather, sum.
+    "grouped_mm": {
+        "forward": [
+            *((2, 0, 0, 0), (1, 1, 0, 0), (0, 0, 2, 0), (0, 0, 3, 0), (1, 0, 1, 0)),
+            *((2, 0, 0, 0), (2, 0, 0, 0), (1, 0, 0, 1)),
+        ],
+        # expand, inverse scatter, weights, their gradient, down's two products, product, silu,
+        # their halves joined, up's two products, scatter-add
+        "backward": [
+            *((1, 0, 0, 1), (2, 0, 0, 0), (2, 0, 0, 0), (4, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 0)),
+            *((0, 0, 6, 0), (0, 0, 3, 0), (0, 1, 2, 0), (1, 1, 0, 0), (1, 1, 0, 0), (1, 0, 0, 1)),
+        ],
+    },
+}
+
+
+def activation_bytes(scheme: str, phase: str, layer: Layer, T: int) -> int:
+    """Bytes of bfloat16 activations that one layer's forward (for training) or backward moves."""
+    N, (_, _, D, F) = T * layer.K, layer
+    units = (N * D, 2 * N * F, N * F, T * D)
+    passes = SCHEMES[scheme][phase]
+    return 2 * sum(c * u for one in passes for c, u in zip(one, units, strict=True))
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    for name, layer in MODELS.items():
+        for T in (4096, 16384):
+            shares = {
+                f"{kind} {phase}": round(
+                    issued_share(layer, T, kind, backward=phase == "backward"), 3
+                )
+                for kind in KINDS
+                for phase in ("forward", "backward")
+            }
+            moved = {
+                f"{scheme} {phase}": activation_bytes(scheme, phase, layer, T)
+                for scheme in SCHEMES
+                for phase in ("forward", "backward")
+            }
+            yield {"model": name, "T": T, "issued_share": shares, "activation_bytes": moved}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks gpu-gemm")
+    parser.add_argument("--json", action="store_true", help="one JSON list on standard output")
+    options = parser.parse_args(argv)
+    found = list(rows())
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    print("expert layers in bfloat16 by closed forms: predicted, not measured")
+    print("issued tensor-core FLOPs over useful ones, forward / backward")
+    for row in found:
+        share = row["issued_share"]
+        cells = [f"{k} {share[f'{k} forward']:.2f} / {share[f'{k} backward']:.2f}" for k in KINDS]
+        print(f"  {row['model']:<8} T={row['T']:<6} " + "   ".join(cells))
+    print("MB of activations read and written, forward / backward")
+    for row in found:
+        moved = row["activation_bytes"]
+        cells = [
+            f"{s} {moved[f'{s} forward'] / 1e6:.0f} / {moved[f'{s} backward'] / 1e6:.0f}"
+            for s in SCHEMES
+        ]
+        print(f"  {row['model']:<8} T={row['T']:<6} " + "   ".join(cells))
+    return 0
