@@ -242,8 +242,10 @@ def _hidden_grad(
     """grad_pre_NH, hidden_NF = weight * a, and shares of the gate's gradient; [0] if not needed."""
     w_EDF = call.w_down_EDF.mT if call.transposed else call.w_down_EDF
     (E, D, F), N, empty = w_EDF.shape, token_N.numel(), call.x_TD.new_empty
-    # The epilogue holds several tiles at once, and pairs are taken apart in registers.
-    columns = tile.columns // (4 if call.interleaved else 2)
+    # The epilogue holds several tiles at once; pairs are taken apart in registers, and sizes that
+    # 16 does not divide are accessed by the element: an address each.
+    narrow = call.interleaved or D % 16 > 0 or F % 16 > 0
+    columns = tile.columns // (4 if narrow else 2)
     grad_pre_NH = empty(back.pre_NH.shape if back.need_pre else 0)
     hidden_NF = empty(N, F) if back.need_down else empty(0)
     shares = (triton.cdiv(F, columns), N) if back.need_weight else (0, N)
