@@ -28,16 +28,20 @@ def threads_per_warp() -> int:
     return 64 if torch.version.hip else 32
 
 
-def declares(work: Callable[[Mapping[str, Any]], tuple[int, int]]) -> Callable[..., dict[str, Any]]:
+def declares(
+    work: Callable[[Mapping[str, Any]], tuple[int, int]], product_of: str | None = None
+) -> Callable[..., dict[str, Any]]:
     """The `launch_metadata` of a kernel, which profilers such as Proton ask for: the bytes of a
-    launch, every input read and every output written once, and its float32 operations.
+    launch, every input read and every output written once, and its operations, float32 ones or of
+    the width of the argument `product_of`.
 
     work(arguments by name) -> (bytes, operations)
     """
 
     def metadata(_grid: object, kernel: Any, args: Mapping[str, Any]) -> dict[str, Any]:
         moved, operations = work(args)
-        return {"name": kernel.name, "bytes": moved, "flops32": operations}
+        bits = 32 if product_of is None else 8 * args[product_of].element_size()
+        return {"name": kernel.name, "bytes": moved, f"flops{bits}": operations}
 
     return metadata
 

@@ -7,12 +7,15 @@ activates its sums; what leaves it is `a`, and for training `pre`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gose_kernels.triton import activations, grouped_gemm
+from gose_kernels.triton import activations, declares, grouped_gemm, size_of
 from gose_kernels.triton.activations import MlpCall, clamped, phi
 from gose_kernels.triton.combine import combine
 from gose_kernels.triton.dispatch import dispatch
@@ -25,10 +28,18 @@ from gose_kernels.triton.tiles import (
     row_tile,
     rows_of,
     tile_map,
+    weight_bytes,
 )
 
 
-@triton.jit
+def _up_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    x, w, N = args["x_ptr"], args["w_ptr"], args["token_ptr"].numel()
+    names = ("x_ptr", "bias_ptr", "pre_ptr", "a_ptr", "token_ptr", "map_ptr")
+    moved = size_of(*(args[name] for name in names)) + weight_bytes(w, N)
+    return moved, 2 * N * w.shape[1] * x.shape[1]
+
+
+@triton.jit(launch_metadata=declares(_up_work, "x_ptr"))
 def _up_kernel(
     x_ptr,  # [T, D]
     w_ptr,  # [E, H, D] by its strides

@@ -7,6 +7,7 @@ gradient of pre, weight * a for the gradient of w_down, and the gate gradient of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gose_kernels.triton import activations, grouped_gemm
+from gose_kernels.triton import activations, declares, grouped_gemm, size_of
 from gose_kernels.triton.activations import MlpCall, clamped, phi, slope
 from gose_kernels.triton.combine import combine
 from gose_kernels.triton.dispatch import dispatch
 from gose_kernels.triton.expert_mlp import tile_of
-from gose_kernels.triton.tiles import GROUP, Tile, place, precision, product, rows_of, tile_map
+from gose_kernels.triton.tiles import (
+    GROUP,
+    Tile,
+    place,
+    precision,
+    product,
+    rows_of,
+    tile_map,
+    weight_bytes,
+)
 from gose_kernels.triton.weight_grad import LEFT, RIGHT, Frozen, bias_grad, weight_grad
 
 BackwardCall = Any  # of ops/expert_mlp.py, which this layer does not import
@@ -28,7 +38,11 @@ _SLOTS = 256  # of a program that moves gate weights
 _GATE_SLOTS, _GATE_COLUMNS = 32, 64
 
 
-@triton.jit
+def _row_weight_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    return size_of(args["weight_ptr"], args["row_ptr"], args["out_ptr"]), 0
+
+
+@triton.jit(launch_metadata=declares(_row_weight_work))
 def _row_weight_kernel(
     weight_ptr,  # [N] float32, by slot
     row_ptr,  # [N] int32, -1 = unused
@@ -70,7 +84,16 @@ def _pre(
     return gate, up
 
 
-@triton.jit
+def _hidden_grad_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    w, N = args["w_ptr"], args["N"]
+    names = ("pre_ptr", "weight_ptr", "grad_pre_ptr", "hidden_ptr", "share_ptr", "token_ptr")
+    moved = size_of(args["map_ptr"], *(args[name] for name in names))
+    if args["D"]:  # else there is no product
+        moved += size_of(args["grad_ptr"]) + weight_bytes(w, N)
+    return moved, 2 * N * args["F"] * args["D"]
+
+
+@triton.jit(launch_metadata=declares(_hidden_grad_work, "grad_ptr"))
 def _hidden_grad_kernel(
     grad_ptr,  # [T, D] gradient of out
     w_ptr,  # [E, D, F] by its strides
@@ -174,7 +197,16 @@ def _hidden_grad_kernel(
                 tl.store(at + F, into_up.to(grad_pre_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit
+def _gate_grad_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    share, N, bias = args["share_ptr"], args["N"], args["bias_ptr"]
+    moved = size_of(share, args["row_ptr"], args["out_ptr"])
+    if bias is None:
+        return moved, share.numel()
+    moved += size_of(bias, args["grad_ptr"], args["expert_ptr"])
+    return moved, share.numel() + 2 * N * bias.shape[1]
+
+
+@triton.jit(launch_metadata=declares(_gate_grad_work))
 def _gate_grad_kernel(
     share_ptr,  # [columns, N] float32, by row
     row_ptr,  # [N] int32, by slot

@@ -5,11 +5,15 @@ Letters: N rows, E groups, D width, F hidden. The contract is in ops/grouped_gem
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gose_kernels.triton import declares, size_of
 from gose_kernels.triton.tiles import (
     GROUP,
     Tile,
@@ -19,11 +23,18 @@ from gose_kernels.triton.tiles import (
     row_tile,
     rows_of,
     tile_map,
+    weight_bytes,
 )
 from gose_kernels.triton.weight_grad import bias_grad, weight_grad
 
 
-@triton.jit
+def _work(args: Mapping[str, Any]) -> tuple[int, int]:
+    x, y = args["x_ptr"], args["y_ptr"]
+    moved = size_of(x, y, args["bias_ptr"], args["map_ptr"])
+    return moved + weight_bytes(args["w_ptr"], y.shape[0]), 2 * y.numel() * x.shape[1]
+
+
+@triton.jit(launch_metadata=declares(_work, "x_ptr"))
 def _grouped_gemm_kernel(
     x_ptr,  # [N, D]
     w_ptr,  # [E, F, D] by its strides

@@ -8,6 +8,7 @@ need, a map gives every tile its expert and rows, and tiles that are not needed 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gose_kernels.triton import threads_per_warp
+from gose_kernels.triton import declares, size_of, threads_per_warp
 
 _MAP_TILES = 64  # of a program of the map
 _MAP_EXPERTS = 64
@@ -78,7 +79,17 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-@triton.jit
+def weight_bytes(w: Tensor, num_rows: int) -> int:
+    """What so many rows read of the experts' weights at most."""
+    experts = max(w.shape[0], 1)
+    return min(experts, num_rows) * (size_of(w) // experts)
+
+
+def _map_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    return size_of(args["offset_ptr"], args["map_ptr"]), 0
+
+
+@triton.jit(launch_metadata=declares(_map_work))
 def _tile_map_kernel(
     offset_ptr,  # [E1] int32
     map_ptr,  # [3, tiles] int32: expert, first row, row after the last

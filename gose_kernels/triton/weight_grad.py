@@ -6,6 +6,7 @@ Letters: N rows sorted by expert, E experts, E1 = E+1, A x B a weight matrix, U 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gose_kernels.triton import declares, size_of
 from gose_kernels.triton.tiles import Tile, precision
 
 # An expert's rows are its sum: short steps, so that the last one wastes little.
@@ -53,7 +55,16 @@ def _live_units(unit_ptr, e, a, valid, U, PAIRS: tl.constexpr):
     return tl.load(unit_ptr + e * U + unit, mask=valid, other=1) == 0
 
 
-@triton.jit
+def _weight_grad_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    """Nothing counts as frozen; the rows of both sides, of tokens or not, are read once."""
+    left, right, token, out = (args[f"{n}_ptr"] for n in ("left", "right", "token", "out"))
+    N = left.shape[0] if token is None else token.numel()
+    frozen = size_of(args["frozen_ptr"], args["unit_ptr"])
+    moved = size_of(left, right, token, args["offset_ptr"], out) + frozen
+    return moved, 2 * N * left.shape[1] * right.shape[1]
+
+
+@triton.jit(launch_metadata=declares(_weight_grad_work, "left_ptr"))
 def _weight_grad_kernel(
     left_ptr,  # [N or tokens, A]
     right_ptr,  # [N or tokens, B]
@@ -127,7 +138,14 @@ def _weight_grad_kernel(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid_a[:, None] & valid_b[None, :])
 
 
-@triton.jit
+def _bias_grad_work(args: Mapping[str, Any]) -> tuple[int, int]:
+    names = ("grad", "weight", "token", "offset", "out", "frozen", "unit")
+    grad, weight, token, *_ = given = [args[f"{name}_ptr"] for name in names]
+    N = grad.shape[0] if token is None else token.numel()
+    return size_of(*given), N * grad.shape[1] * (1 if weight is None else 2)
+
+
+@triton.jit(launch_metadata=declares(_bias_grad_work))
 def _bias_grad_kernel(
     grad_ptr,  # [N or tokens, A]
     weight_ptr,  # [N] float32, read if WEIGHTED
