@@ -1,5 +1,5 @@
 """The ops whose GPU kernels are Triton's alone, as the ladder's tests see them: launchers, calls on
-CPU tensors, and calls on meta tensors that reach every tile."""
+meta tensors that reach every tile, and calls on CPU tensors that are checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ import torch
 from torch import Tensor
 
 import gose_kernels as gk
-from gose_kernels.ops.expert_mlp import BackwardCall, MlpCall
+from gose_kernels.ops.expert_mlp import (
+    BackwardCall,
+    MlpCall,
+    bind_backward,
+    expert_mlp_backward_reference,
+    expert_mlp_train_reference,
+)
+from gose_kernels.ops.grouped_gemm import (
+    grouped_gemm_backward_reference,
+    grouped_gemm_reference,
+)
+from tests import cases
+from tests.checks import assert_chain_close_to_truth
+from tests.expert_mlp_oracle import double, output_grad
 
 Tiles = Iterator[tuple[str, tuple[Any, ...]]]
 
@@ -89,7 +102,13 @@ def _mlp_calls(dtype: torch.dtype) -> Iterator[tuple[str, MlpCall]]:
         yield f"gelu-{T}", mlp_call(T, dtype, "gelu")
     for activation in ("geglu", "geglu_tanh", "reglu", "relu2"):
         yield f"{activation}-256", mlp_call(256, dtype, activation)
-    yield "swiglu-256-odd", mlp_call(256, dtype, D=37, F=19)
+    for T in (4096, 256, 64, 16):
+        yield f"swiglu-{T}-odd", mlp_call(T, dtype, D=37, F=19)
+    yield (
+        "swiglu_oai-256-odd",
+        mlp_call(256, dtype, "swiglu_oai", D=40, F=24, interleaved=True, transposed=True),
+    )
+    yield "geglu-256-odd", mlp_call(256, dtype, "geglu", D=37, F=19)
 
 
 def _mlp_tiles(dtype: torch.dtype) -> Tiles:
@@ -119,5 +138,85 @@ GEMM_KERNELS = {
     "_up_kernel",
     "_hidden_grad_kernel",
 }
+
+# One for each number of rows of a tile: 16, 32, 64, 128; empty groups, rows of none, odd sizes.
+GEMMS = [
+    cases.GroupedGemmCase(37, 5, 19, 23, "empty-experts", bias=True, unused=5),
+    cases.GroupedGemmCase(40, 3, 136, 64, transposed=True),
+    cases.GroupedGemmCase(130, 2, 24, 72, bias=True, strided=True),
+    cases.GroupedGemmCase(700, 1, 40, 80, unused=3),
+]
+
+# The three forms of pre, every phi, unused slots, frozen experts and units, strided rows.
+LAYERS = [
+    cases.ExpertMlpCase("swiglu", T=9, D=20, F=12, kind="unused", bias=True, frozen=True),
+    cases.ExpertMlpCase(
+        "swiglu_oai", T=9, D=16, F=8, bias=True, options={"transposed": True, "interleaved": True}
+    ),
+    cases.ExpertMlpCase("gelu", T=9, D=16, F=24, kind="empty-experts", strided=True, frozen=True),
+    cases.ExpertMlpCase("geglu_tanh", T=40, E=2, D=16, F=24, scale=4, options={"limit": 1.5}),
+    cases.ExpertMlpCase("relu2", T=70, K=1, E=1, D=8, F=8, kind="one-expert", bias=True),
+]
+
+Run = Callable[..., Any]  # of a launcher and its arguments
+
+
+def check(got: Any, same: Any, truth: Any, *, gradient: bool = False) -> None:
+    """The error rule; `same` is the reference in the dtype of the call."""
+    parts = ((p,) if isinstance(p, Tensor) else p for p in (got, same, truth))
+    for g, s, t in zip(*parts, strict=True):
+        # Three products of tf32 leave some ulp of an element that outweighs the others.
+        slack = t.abs() * 4 * 2.0**-23 if g.dtype == torch.float32 else 0 * t
+        moved = t + (g.double() - t).clamp(-slack, slack).nan_to_num(0.0, 0.0, 0.0)
+        assert_chain_close_to_truth(g, s, moved, gradient=gradient)
+
+
+def check_gemm(run: Run, case: cases.GroupedGemmCase, dtype: torch.dtype) -> None:
+    args, options = case.build(dtype)
+    launcher = OPS["grouped_gemm"].triton("grouped_gemm")
+    got = run(lambda *a: launcher(*a, **options), *args)
+    truth = grouped_gemm_reference(*double(args), **options)
+    check(got, grouped_gemm_reference(*args, **options), truth)
+
+
+def check_gemm_backward(run: Run, case: cases.GroupedGemmCase, dtype: torch.dtype) -> None:
+    (x_ND, _, offset_E1, _), options = case.build(dtype)
+    grad_NF = torch.randn(case.N, case.F, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad_NF[case.N - case.unused :] = torch.nan
+    args = (grad_NF, x_ND, offset_E1)
+    launcher = OPS["grouped_gemm_backward"].triton("grouped_gemm_backward")
+    got = run(lambda *a: launcher(*a, bias=True, **options), *args)
+    truth = grouped_gemm_backward_reference(*double(args), bias=True, **options)
+    check(got, grouped_gemm_backward_reference(*args, bias=True, **options), truth)
+
+
+def check_forward(run: Run, case: cases.ExpertMlpCase, dtype: torch.dtype) -> Tensor:
+    """The kept pre_NH."""
+    args, options = case.build(dtype)
+    got = run(OPS["expert_mlp_train"].triton("expert_mlp_train"), MlpCall(*args, **options))
+    same = expert_mlp_train_reference(*args, **options)
+    check(got, same, expert_mlp_train_reference(*double(args), **options))
+    pre_NH: Tensor = got[1]
+    return pre_NH
+
+
+def check_backward(
+    run: Run, case: cases.ExpertMlpCase, dtype: torch.dtype, pre_NH: Tensor | None = None
+) -> None:
+    """From what a forward pass kept, by default the reference's."""
+    args, options = case.build(dtype)
+    grad_TD = output_grad(case, dtype)
+    own_NH = expert_mlp_train_reference(*args, **options)[1]
+    exact_NH = expert_mlp_train_reference(*double(args), **options)[1]
+    options |= {"need_bias_up": case.bias, "need_bias_down": case.bias}
+    given = own_NH if pre_NH is None else pre_NH
+    got = run(
+        OPS["expert_mlp_backward"].triton("expert_mlp_backward"),
+        *bind_backward((*args, given, grad_TD), options),
+    )
+    same = expert_mlp_backward_reference(*args, own_NH, grad_TD, **options)
+    truth = expert_mlp_backward_reference(*double(args), exact_NH, grad_TD.double(), **options)
+    check(got, same, truth, gradient=True)
+
 
 assert set(OPS) <= set(gk.OPS)

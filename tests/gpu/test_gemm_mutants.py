@@ -1,0 +1,235 @@
+"""Triton's expert GEMMs with one planted mistake each, compiled for sm_80: the PTX machine has to
+notice. A mutant that does not compile proves nothing and fails."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import gose_kernels.triton
+from tests.gpu import triton_host
+from tests.gpu.gemm_ops import (
+    GEMM_KERNELS,
+    GEMMS,
+    LAYERS,
+    check_backward,
+    check_forward,
+    check_gemm,
+    check_gemm_backward,
+)
+from tests.gpu.params import ROOT
+from tests.ptx.faults import KernelError
+
+# In the order of their imports.
+MODULES = (
+    *("activations", "tiles", "weight_grad", "grouped_gemm", "expert_mlp", "expert_mlp_backward"),
+)
+_ODD, _WIDE, _LONG = GEMMS[0], GEMMS[2], GEMMS[3]
+CHECKS = {
+    "gemm": partial(check_gemm, case=_ODD),
+    "gemm of two steps": partial(check_gemm, case=_WIDE),
+    "gemm of many rows": partial(check_gemm, case=_LONG),
+    "gemm backward": partial(check_gemm_backward, case=_ODD),
+    "forward": partial(check_forward, case=LAYERS[0]),
+    "forward of pairs": partial(check_forward, case=LAYERS[1]),
+    "backward": partial(check_backward, case=LAYERS[0]),
+    "clamped backward": partial(check_backward, case=LAYERS[3]),
+}
+
+
+class Mutant(NamedTuple):
+    """`old` stands once in gose_kernels/triton/<module>.py and becomes `new`; all checks notice."""
+
+    kernel: str
+    what: str
+    module: str
+    old: str
+    new: str
+    checks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kernel.strip('_')}-{self.what}"
+
+
+_MAP = partial(Mutant, "_tile_map_kernel", module="tiles")
+_GEMM = partial(Mutant, "_grouped_gemm_kernel", module="grouped_gemm", checks=("gemm", "forward"))
+_PRODUCT = partial(Mutant, "_grouped_gemm_kernel", module="tiles")
+_UP = partial(Mutant, "_up_kernel", module="expert_mlp", checks=("forward",))
+_HIDDEN = partial(Mutant, "_hidden_grad_kernel", module="expert_mlp_backward", checks=("backward",))
+_ROW = partial(Mutant, "_row_weight_kernel", module="expert_mlp_backward", checks=("backward",))
+_GATE = partial(Mutant, "_gate_grad_kernel", module="expert_mlp_backward", checks=("backward",))
+_WEIGHT = partial(
+    Mutant, "_weight_grad_kernel", module="weight_grad", checks=("gemm backward", "backward")
+)
+_BIAS = partial(
+    Mutant, "_bias_grad_kernel", module="weight_grad", checks=("gemm backward", "backward")
+)
+MUTANTS = [
+    _MAP(
+        "bound",
+        old="(last - first + ROWS - 1) //",
+        new="(last - first) //",
+        checks=("gemm of two steps",),
+    ),
+    _MAP("mask dropped", old=" & (e < E)[None, :]\n", new="\n", checks=("gemm",)),
+    _MAP(
+        "dtype truncated",
+        old="tile - begin) * ROWS",
+        new="(tile - begin) * ROWS).to(tl.int8)",
+        checks=("gemm of many rows",),
+    ),
+    # The same kernel multiplies by w_down in the layer.
+    _GEMM("bound", old="valid = f < F", new="valid = f <= F"),
+    _GEMM("stride swapped", old="f * stride_wf", new="f * stride_wd"),
+    _GEMM("stride of experts", old="e * stride_we", new="e * stride_wf"),
+    _GEMM("mask dropped", old="inside[:, None] & valid[None, :])", new="inside[:, None])"),
+    _GEMM("bias of none", old="valid & (e < E), other", new="valid, other", checks=("gemm",)),
+    _GEMM("rows of none", old="tl.where(e < E, D, 0)", new="D", checks=("gemm",)),
+    _GEMM("dtype truncated", old="acc.to(y_ptr", new="acc.to(tl.int32).to(y_ptr"),
+    _PRODUCT(
+        "mask of the sum dropped",
+        old="w = tl.load(w_at, mask=(d < D - start)[:, None] & valid[None, :], other=0.0)",
+        new="w = tl.load(w_at, mask=valid[None, :], other=0.0)",
+        checks=("gemm of two steps",),
+    ),
+    _PRODUCT(
+        "step short",
+        old="x_at += DEPTH * stride_xd",
+        new="x_at += stride_xd",
+        checks=("gemm of two steps",),
+    ),
+    _PRODUCT(
+        "row truncated",
+        old="first.to(tl.int64)",
+        new="first.to(tl.int8).to(tl.int64)",
+        checks=("gemm of many rows",),
+    ),
+    _PRODUCT(
+        "rows of the next",
+        old="r, count - 1), r < count",
+        new="r, count), r <= count",
+        checks=("gemm", "forward"),
+    ),
+    _UP("bound", old="valid_h = h < (2 * F", new="valid_h = h <= (2 * F"),
+    _UP("stride swapped", old="token * stride_xt", new="token * stride_xd"),
+    _UP("mask dropped", old="inside[:, None] & (f < F)[None, :])", new="inside[:, None])"),
+    _UP("dtype truncated", old="a.to(a_ptr", new="a.to(tl.int32).to(a_ptr"),
+    _UP("rows of none", old="tl.where(e < E, D, 0)", new="D"),
+    _UP("halves swapped", old="e * H + F + h", new="e * H + h"),
+    _UP("up beside gate", old="w_at, w_at + F * stride_wh", new="w_at, w_at + F * stride_wd"),
+    _UP(
+        "pairs apart",
+        old="gate, up = tl.split(tl.reshape(acc, [ROWS, COLUMNS, 2]))",
+        new="up, gate = tl.split(tl.reshape(acc, [ROWS, COLUMNS, 2]))",
+        checks=("forward of pairs",),
+    ),
+    _HIDDEN("bound", old="valid = f < F", new="valid = f <= F"),
+    _HIDDEN("stride swapped", old="token * stride_gt", new="token * stride_gd"),
+    _HIDDEN("mask dropped", old="share, mask=inside)", new="share)"),
+    _HIDDEN("dtype truncated", old="into_gate.to(grad", new="into_gate.to(tl.int32).to(grad"),
+    _HIDDEN("rows of none", old="if (e < 0) | (e == E):", new="if e < 0:"),
+    _HIDDEN("weight lost", old="(weight * a).to", new="(1.0 * a).to"),
+    _HIDDEN(
+        "gradient beyond the limit",
+        old="tl.where(gate > limit, 0.0, into_gate)",
+        new="into_gate",
+        checks=("clamped backward",),
+    ),
+    _HIDDEN(
+        "slope of the unclamped",
+        old="slope(low, alpha, PHI)",
+        new="phi(low, alpha, PHI)",
+    ),
+    _ROW("mask dropped", old="weight, mask=row >= 0)", new="weight, mask=slot < N)"),
+    _GATE("mask dropped", old="share_at, mask=used", new="share_at, mask=slot < N"),
+    _GATE("stride swapped", old="t * stride_gt", new="t * stride_gd"),
+    _GATE("bound", old="used[:, None] & (d < D)", new="used[:, None] & (d <= D)"),
+    _WEIGHT(
+        "bound",
+        old="inside = n < last\n        row = n.to(tl.int64)\n        left_row",
+        new="inside = n <= last\n        row = n.to(tl.int64)\n        left_row",
+    ),
+    _WEIGHT("stride swapped", old="left_row * stride_ln", new="left_row * stride_la"),
+    _WEIGHT("mask dropped", old="valid_a[:, None] & valid_b[None, :])", new="valid_a[:, None])"),
+    _WEIGHT(
+        "dtype truncated",
+        old="acc.to(out_ptr.dtype.element_ty), mask=valid_a",
+        new="acc.to(tl.int32).to(out_ptr.dtype.element_ty), mask=valid_a",
+    ),
+    _WEIGHT(
+        "frozen units trained",
+        old="acc = tl.where(live[:, None], acc, 0.0)",
+        new="pass",
+        checks=("backward",),
+    ),
+    _BIAS("bound", old="valid = a < A", new="valid = a <= A"),
+    _BIAS("stride swapped", old="(row * stride_gn)", new="(row * stride_ga)"),
+    _BIAS("mask dropped", old="total = tl.where(_live", new="tl.where(_live", checks=("backward",)),
+    _BIAS("dtype truncated", old="total.to(out", new="total.to(tl.int32).to(out"),
+]
+
+
+def _notices(check: str) -> bool:
+    def run(launcher: Any, *args: Any) -> Any:
+        return triton_host.run_on_ptx(launcher, *args, count=False)[0]
+
+    try:
+        CHECKS[check](run, dtype=torch.bfloat16)
+    except (KernelError, AssertionError, RuntimeError):
+        return True
+    return False
+
+
+def _source(module: str) -> str:
+    return (ROOT / "gose_kernels" / "triton" / f"{module}.py").read_text()
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts the modules, one of them changed, in the place of those that are imported."""
+    for module in MODULES:
+        importlib.import_module(f"gose_kernels.triton.{module}")
+
+    def put(changed: str, text: str) -> None:
+        for module in MODULES:
+            path, name = tmp_path / f"{module}.py", f"gose_kernels.triton.{module}"
+            path.write_text(text if module == changed else _source(module))
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None
+            planted = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, name, planted)
+            monkeypatch.setattr(gose_kernels.triton, module, planted)
+            spec.loader.exec_module(planted)
+
+    return put
+
+
+@pytest.mark.matrix(keep=3)
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_killed(mutant: Mutant, plant: Any) -> None:
+    text = _source(mutant.module)
+    assert text.count(mutant.old) == 1
+    plant(mutant.module, text.replace(mutant.old, mutant.new))
+    assert {check: _notices(check) for check in mutant.checks} == dict.fromkeys(mutant.checks, True)
+
+
+def test_planted_modules_are_right(plant: Any) -> None:
+    """Without a mistake nothing is noticed."""
+    plant("tiles", _source("tiles"))
+    assert not _notices("gemm")
+
+
+def test_every_kernel_has_mutants() -> None:
+    written = {k for m in MODULES for k in re.findall(r"^def (_\w+_kernel)\(", _source(m), re.M)}
+    assert {m.kernel for m in MUTANTS} == written
+    for kernel in GEMM_KERNELS:
+        planted = {m.what for m in MUTANTS if m.kernel == kernel}
+        assert planted >= {"bound", "stride swapped", "mask dropped", "dtype truncated"}, kernel
