@@ -79,8 +79,10 @@ def _check(
     return num_experts, hidden
 
 
-def _check_call(*args: Any, transposed: bool) -> None:
-    _check(*args, transposed)
+def _check_call(
+    x_ND: Tensor, w_EFD: Tensor, offset_E1: Tensor, bias_EF: Tensor | None, *, transposed: bool
+) -> None:
+    _check(x_ND, w_EFD, offset_E1, bias_EF, transposed)
 
 
 def check_backward(grad_NF: Tensor, x_ND: Tensor, offset_E1: Tensor) -> None:

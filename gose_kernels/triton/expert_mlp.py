@@ -22,6 +22,7 @@ from gose_kernels.triton.dispatch import dispatch
 from gose_kernels.triton.tiles import (
     GROUP,
     Tile,
+    for_operands,
     place,
     precision,
     product,
@@ -178,6 +179,7 @@ def _up(
     """a_NF and, if kept, pre_NH."""
     w_EHD = call.w_up_EHD.mT if call.transposed else call.w_up_EHD
     (E, H, D), F, N = w_EHD.shape, call.down_EFD.shape[1], token_N.numel()
+    tile = for_operands(tile, call.x_TD, w_EHD)
     columns = tile.columns // 2 if call.act.gated else tile.columns
     a_NF = call.x_TD.new_empty(N, F)
     pre_NH = call.x_TD.new_empty(N, H) if keep else None

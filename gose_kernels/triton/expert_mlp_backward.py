@@ -23,6 +23,7 @@ from gose_kernels.triton.expert_mlp import tile_of
 from gose_kernels.triton.tiles import (
     GROUP,
     Tile,
+    for_operands,
     place,
     precision,
     product,
@@ -278,6 +279,7 @@ def _hidden_grad(
     # 16 does not divide are accessed by the element: an address each.
     narrow = call.interleaved or D % 16 > 0 or F % 16 > 0
     columns = tile.columns // (4 if narrow else 2)
+    tile = for_operands(tile, back.grad_TD, w_EDF)
     grad_pre_NH = empty(back.pre_NH.shape if back.need_pre else 0)
     hidden_NF = empty(N, F) if back.need_down else empty(0)
     shares = (triton.cdiv(F, columns), N) if back.need_weight else (0, N)

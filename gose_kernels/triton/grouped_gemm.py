@@ -17,6 +17,7 @@ from gose_kernels.triton import declares, size_of
 from gose_kernels.triton.tiles import (
     GROUP,
     Tile,
+    for_operands,
     place,
     precision,
     product,
@@ -92,6 +93,7 @@ def launch(
     """y_NF for tiles that `map_3M` was made for; 0 in the rows of no group."""
     (N, D), (E, F, _) = x_ND.shape, w_EFD.shape
     y_NF = x_ND.new_empty(N, F)
+    tile = for_operands(tile, x_ND, w_EFD)
     num_tiles = map_3M.shape[1]
     grid = (num_tiles * triton.cdiv(F, tile.columns),)
     if grid[0]:

@@ -20,6 +20,7 @@ from gose_kernels.triton import declares, size_of, threads_per_warp
 
 _MAP_TILES = 64  # of a program of the map
 _MAP_EXPERTS = 64
+_ELEMENT_COLUMNS, _ELEMENT_BYTES = 64, 64  # of tiles accessed by the element; bytes of a step
 GROUP = 8  # tiles of rows that walk the columns together: their weights stay in L2
 
 
@@ -69,6 +70,20 @@ def row_tile(rows: int, experts: int, most: int, dtype: torch.dtype) -> Tile:
     size = triton.next_power_of_2(max(1, int(min(wanted, most))))
     table = _SINGLE if dtype == torch.float32 else _HALF
     return table[min(max(size, 16), 128)]
+
+
+def by_element(t: Tensor) -> bool:
+    """Whether Triton accesses it by the element: it vectorizes strides that 16 divides, beside 1."""
+    return 1 not in t.stride() or any(s % 16 for s in t.stride() if s != 1) or t.data_ptr() % 16 > 0
+
+
+def for_operands(tile: Tile, *operands: Tensor) -> Tile:
+    """The tile that a product of them takes. What is accessed by the element needs an address each:
+    only a smaller tile's fit the registers."""
+    if not any(by_element(t) for t in operands):
+        return tile
+    depth = _ELEMENT_BYTES // operands[0].element_size()
+    return tile._replace(columns=_ELEMENT_COLUMNS, depth=depth)
 
 
 def precision(dtype: torch.dtype) -> str:

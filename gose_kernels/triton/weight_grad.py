@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gose_kernels.triton import declares, size_of
-from gose_kernels.triton.tiles import Tile, precision
+from gose_kernels.triton.tiles import Tile, by_element, precision
 
 # An expert's rows are its sum: short steps, so that the last one wastes little.
 _HALF, _SINGLE = Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 3)
@@ -212,6 +212,8 @@ def weight_grad(
     E, A, B = offset_E1.numel() - 1, left.shape[1], right.shape[1]
     out_EAB = left.new_empty(E, A, B)
     tile = tile_of(left.dtype)
+    if by_element(left) or by_element(right):
+        tile = tile._replace(columns=tile.columns // 2)
     grid = (E * triton.cdiv(A, tile.rows) * triton.cdiv(B, tile.columns),)
     frozen = frozen or Frozen()
     if grid[0]:

@@ -130,7 +130,6 @@ OPS: dict[str, OnTriton] = {
     "expert_mlp_backward": OnTriton("expert_mlp_backward", _mlp_backward_tiles),
 }
 
-UNALIGNED = {"64x19x37", "19x37", "swiglu-256-odd"}  # labels of tiles
 # Kernels that multiply matrices; their launchers launch others besides.
 GEMM_KERNELS = {
     "_grouped_gemm_kernel",

@@ -3,12 +3,14 @@ bits in every order of blocks, and counting what their closed forms say."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import gose_kernels as gk
 from benchmarks import gpu_gemm
 from gose_kernels.ops.expert_mlp import MlpCall
 from tests import cases
@@ -114,3 +116,34 @@ def test_main_loop_is_mostly_products_and_copies() -> None:
     assert work["mma"] == 2 * 128 * 128 * 256 // (2 * 16 * 8 * 16)
     assert useful >= 0.6 * (sum(work.values()) - work["mov"]), work
     assert counted[1].bank_conflicts == counted[0].bank_conflicts
+
+
+def _declared(launcher: Any, *args: Any) -> Counter[str]:
+    """The sums of what the launches of a call declare."""
+    launched: list[triton_host.Launched] = []
+    with triton_host.launches_go_to("sm_80", launched.append):
+        launcher(*args)
+    total: Counter[str] = Counter()
+    for one in launched:
+        assert one.declared["name"] == one.compiled.metadata.name
+        total.update({k: v for k, v in one.declared.items() if k != "name"})
+    return total
+
+
+def test_profilers_are_told_the_closed_forms() -> None:
+    """Of a GEMM bytes and products; of a layer the products that the op declares."""
+    args = _balanced(128, 2, 128, 256, torch.bfloat16)
+    declared = _declared(OPS["grouped_gemm"].triton("grouped_gemm"), *args)
+    work = gpu_gemm.grouped_gemm([64] * 2, 128, 256, torch.bfloat16)
+    assert declared["flops16"] == work.flops
+    map_bytes = gpu_gemm.map_bytes(128, 2, torch.bfloat16)
+    assert work.bytes <= declared["bytes"] <= work.bytes + map_bytes
+    for name in ("expert_mlp_train", "expert_mlp_backward"):
+        _, launch = next(OPS[name].tiles(torch.float16))
+        given = {k: v for part in launch for k, v in part._asdict().items() if k != "limit"}
+        tensors = [v for v in given.values() if v is None or isinstance(v, Tensor)]
+        options = {k: v for k, v in given.items() if isinstance(v, (bool, str))}
+        cost = gk.OPS[name].cost_of(*tensors, **options)
+        declared = _declared(OPS[name].triton(name), *launch)
+        assert declared["flops16"] == cost.flops
+        assert declared["bytes"] >= cost.bytes
