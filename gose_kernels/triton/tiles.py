@@ -73,7 +73,7 @@ def row_tile(rows: int, experts: int, most: int, dtype: torch.dtype) -> Tile:
 
 
 def by_element(t: Tensor) -> bool:
-    """Whether Triton accesses it by the element: it vectorizes strides that 16 divides, beside 1."""
+    """Whether Triton accesses it by the element: only strides of 1 and of 16 n are vectorized."""
     return 1 not in t.stride() or any(s % 16 for s in t.stride() if s != 1) or t.data_ptr() % 16 > 0
 
 
