@@ -62,15 +62,23 @@ _CHAIN_RULE = {
 
 
 def assert_chain_close_to_truth(
-    got: Tensor, same_dtype_reference: Tensor, truth: Tensor, *, gradient: bool = False
+    got: Tensor,
+    same_dtype_reference: Tensor,
+    truth: Tensor,
+    *,
+    gradient: bool = False,
+    rounded_parts: bool = False,
 ) -> None:
     """The error rule for chains of long sums, whose rounding errors fall on elements by chance: the
     L2 error of the whole tensor, and per element the rule plus the reference's largest error.
 
     A gradient is made from a rounded pre-activation and a rounded gradient of it: twice the error.
+    Sums of parts that were rounded to the dtype by choice are allowed 3.0e-3 in place of 2.6e-3.
     Tensors of few elements have no L2 error worth the name: theirs is a draw.
     """
-    scale = 2 if gradient else 1
+    scale = (2 if gradient else 1) * (
+        3.0 / 2.6 if rounded_parts and got.dtype.itemsize == 2 else 1.0
+    )
     assert got.dtype == same_dtype_reference.dtype
     truth, finite = truth.double(), truth.isfinite()
     own_error = (same_dtype_reference.double() - truth).abs().where(finite, 0.0)
