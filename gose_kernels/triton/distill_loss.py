@@ -267,11 +267,14 @@ def _distill_mean_kernel(
 
 
 def _tile(C: int, item_bytes: int) -> tuple[int, int, int]:
-    """Rows, columns and warps of a program: 16 bytes a thread, as many rows as fill the warps."""
-    most = _MAX_WARPS * threads_per_warp() * BYTES_PER_LOAD // item_bytes
-    columns = min(triton.next_power_of_2(C), _MAX_COLUMNS, most)
+    """Rows, columns and warps of a program: 16 bytes a thread, as many rows as fill the warps. Up
+    to 64 columns of 2 bytes 8: eight elements a thread spill for sm_100 there."""
+    columns, lanes = triton.next_power_of_2(C), threads_per_warp()
+    item_load = 8 if item_bytes == 2 and columns <= 64 else BYTES_PER_LOAD
+    most = _MAX_WARPS * lanes * item_load // item_bytes
+    columns = min(columns, _MAX_COLUMNS, most)
     rows = max(1, most // columns)
-    warps = rows * columns * item_bytes // (BYTES_PER_LOAD * threads_per_warp())
+    warps = rows * columns * item_bytes // (item_load * lanes)
     return rows, columns, max(1, min(_MAX_WARPS, warps))
 
 
