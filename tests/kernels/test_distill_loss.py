@@ -391,6 +391,8 @@ def test_refusals(backend):
         ((s, t[:, :2], hard, None, None, ids, ids), r"teacher_tail_B must be floating point"),
         ((s, t[:, :2], hard, None, None, ids, per_sample + 1), r"teacher_tail_B must hold values"),
     ]:
+        if backend == "triton" and " hold " in message:
+            continue  # values are trusted on a GPU: to look at them would wait for it
         with pytest.raises(ValueError, match="distill_loss: .*" + message):
             gk.distill_loss(*args, backend=backend)
     for options, message in [
