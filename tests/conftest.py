@@ -1,14 +1,12 @@
 """Skips that are not listed fail the run; long matrices are sampled by a printed seed.
 
 --whole runs every case of tests marked `matrix(keep=N)`; without it N of their parametrisations
-run, drawn by a seed taken from the commit, so different commits cover different cases. Triton's
-interpreter, where a case takes seconds, runs a quarter of them.
+run, drawn by a seed taken from the commit, so different commits cover different cases.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import os
 import random
 import subprocess
 from pathlib import Path
@@ -71,10 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         marker = group[0].get_closest_marker("matrix")
         assert marker is not None
         draw = random.Random(f"{config.getoption('--matrix-seed')} {name}")
-        keep = int(marker.kwargs["keep"])
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            keep = -(-keep // 4)
-        surplus = max(0, len(group) - keep)
+        surplus = max(0, len(group) - int(marker.kwargs["keep"]))
         dropped |= {item.nodeid for item in draw.sample(group, surplus)}
     if dropped:
         config.hook.pytest_deselected(items=[i for i in items if i.nodeid in dropped])

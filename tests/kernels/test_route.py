@@ -339,7 +339,7 @@ def test_the_same_bits_for_any_number_of_threads(backend, options):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@pytest.mark.parametrize("backend", backends_of("route"))
+@pytest.mark.parametrize("backend", backends_of("route", interpreted=3))
 @pytest.mark.parametrize("case", cases.route[::7], ids=str)
 def test_opcheck(case, backend):
     args, options = case.build()
