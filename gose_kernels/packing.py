@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from gose_kernels import native as native_library
-from gose_kernels import quantized
+from gose_kernels import quantized, repeats
 
 
 class Packed(NamedTuple):
@@ -33,24 +32,10 @@ class Packed(NamedTuple):
     watched: tuple[weakref.ref[torch.UntypedStorage], ...]  # dies with the copy
 
 
-class _Call(NamedTuple):
-    """What calls that differ in nothing but their other tensors run, while the weights stand."""
-
-    run: Callable[..., Any]
-    kinds: tuple[type, ...]  # of every argument
-    weights: tuple[tuple[int, int, int | None], ...]  # place, id, version (None: not counted)
-    watched: tuple[weakref.ref[Tensor], ...]
-
-
 _copies: dict[tuple[object, ...], Packed] = {}
-_calls: dict[tuple[object, ...], _Call] = {}  # by op, id of the first weight, options
 _lock = threading.RLock()  # reentrant: garbage collection may run `gone` wherever it is held
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # DType of csrc/params.h
-# Types of arguments that hold nothing but data.
-_PLAIN = frozenset((Tensor, Parameter, type(None), int))
-# As many calls with other weights or options are kept.
-_MOST_CALLS = 4096
 
 
 def _version(weights: Tensor) -> int:
@@ -96,63 +81,7 @@ def _kept(
 def _drop(key: tuple[object, ...]) -> None:
     """Let go of a copy, and of the calls, one of which may hold it."""
     if _copies.pop(key, None) is not None:
-        _calls.clear()
-
-
-def learn_call(
-    op: str,
-    weights: Sequence[int],
-    args: tuple[Any, ...],
-    options: dict[str, Any],
-    run: Callable[..., Any],
-    copies: Sequence[Packed],
-) -> None:
-    """Let `repeating(op, weights[0])` run later calls with these very weights and equal options.
-
-    weights  their places among the arguments
-    copies   what was packed of them, in their order
-    """
-    kinds = tuple(map(type, args))
-    if not _PLAIN.issuperset(kinds):
-        return
-    key = (op, id(args[weights[0]]), *options.items())
-
-    def gone(_: object) -> None:
-        _calls.pop(key, None)
-
-    versions = [version for copy in copies for version in copy.versions]
-    found = [
-        (at, id(args[at]), None if args[at].is_inference() else version)
-        for at, version in zip(weights, versions, strict=True)
-    ]
-    watched = tuple(weakref.ref(args[at], gone) for at in weights)
-    with _lock:
-        if len(_calls) >= _MOST_CALLS:
-            _calls.clear()
-        _calls[key] = _Call(run, kinds, tuple(found), watched)
-
-
-def repeating(op: str, first: int) -> Callable[[tuple[Any, ...], dict[str, Any]], Any | None]:
-    """The result of a call that is like one of `learn_call`; None if it is not or was refused.
-
-    One function that touches little: in a model nothing of it is in the caches any more, and each
-    object or function that is not costs a layer of one token as much as 10 KB of its weights.
-    """
-
-    def again(args: tuple[Any, ...], options: dict[str, Any]) -> Any | None:
-        try:
-            call = _calls.get((op, id(args[first]), *options.items()))
-            if call is None or tuple(map(type, args)) != call.kinds:
-                return None
-            for at, identity, version in call.weights:
-                w = args[at]
-                if id(w) != identity or (version is not None and w._version != version):
-                    return None
-            return call.run(*args)
-        except (IndexError, RuntimeError, TypeError):  # given by name, refused, a list has no hash
-            return None
-
-    return again
+        repeats.forget()
 
 
 def numbers_then(x_TD: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -427,7 +356,7 @@ def path_of(dtype: torch.dtype) -> str:
 def forget_packed() -> None:
     """Let go of every packed copy: needed after a change of weights that torch does not count."""
     with _lock:
-        _calls.clear()
+        repeats.forget()
         _copies.clear()
 
 

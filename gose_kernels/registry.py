@@ -53,7 +53,7 @@ class Backend(NamedTuple):
     never: Callable[..., str | None] | None = None  # the part of why_not that does so
     # run of the arguments that were given, (args, options), without their defaults
     given: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
-    # the same for a call that is like one that was run by `given`; None for any other
+    # the same, asked first, for a call like one that was run by `given`; None for any other
     again: Callable[[tuple[Any, ...], dict[str, Any]], Any | None] | None = None
     path: Callable[[torch.dtype], str] | None = None  # which of its kernels serves a dtype
 
@@ -377,12 +377,11 @@ class Op:
 
     def run(self, *args: Any, **options: Any) -> Any:
         """The call below autograd, autocast and torch's dispatcher."""
+        if self._again is not None and (output := self._again(args, options)) is not None:
+            return output
         watched = observers or forward_ad._current_level >= 0 or _is_any_autocast_enabled()
-        if not watched:
-            if self._again is not None and (output := self._again(args, options)) is not None:
-                return output
-            if direct := self._find_direct(args, options):
-                return direct.run(args, options)
+        if not watched and (direct := self._find_direct(args, options)):
+            return direct.run(args, options)
         bound, bound_options, backend = self._bind(args, options)
         if forward_ad._current_level >= 0 and any(
             forward_ad.unpack_dual(t).tangent is not None for t in _tensors(bound)
@@ -444,6 +443,8 @@ class Op:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if is_dynamo_compiling():
             return self.overload(*args, **options)
+        if self._again is not None and (output := self._again(args, options)) is not None:
+            return output
         if options and options.get("backend", "") is None:
             del options["backend"]
         if not (
@@ -455,9 +456,6 @@ class Op:
             or _is_any_autocast_enabled()
         ):
             trains = is_grad_enabled() and _any_requires_grad(*args)
-            again = None if trains else self._again
-            if again is not None and (output := again(args, options)) is not None:
-                return output
             if direct := self._find_direct(args, options):
                 if not trains:
                     return direct.run(args, options)

@@ -19,6 +19,7 @@ LAYERS = [
         "gose_kernels.profiling",
         "gose_kernels.philox",
         "gose_kernels.masks",
+        "gose_kernels.repeats",
         "gose_kernels.packing",
         "gose_kernels.memory",
     ],

@@ -63,17 +63,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gose_kernels import memory
+from gose_kernels import memory, repeats
 from gose_kernels.ops.activations import ACTIVATIONS, PHIS, Activation
 from gose_kernels.packing import (
     DTYPES,
     Packed,
     expert_bytes,
-    learn_call,
     numbers_then,
     packed_experts,
     path_of,
-    repeating,
     unpack_experts,
 )
 from gose_kernels.quantized import WEIGHTS, check_weights
@@ -644,7 +642,7 @@ def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
     then = numbers_then(call.x_TD, (call.w_up_EHD, call.w_down_EDF))
     numbers = torch.cat([numbers_of(call), then])
     run = partial(torch.ops.gose_native.expert_mlp.default._op, numbers, packed.packed_EB)
-    learn_call("expert_mlp", (3, 4), args, options, run, (packed,))
+    repeats.learn("expert_mlp", (3, 4), packed.versions, args, options, run)
 
 
 def _cpu_train(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -718,7 +716,9 @@ def _train(*args: Any, **options: Any) -> Tensor:
 expert_mlp = register(
     f"expert_mlp({_ARGUMENTS}) -> Tensor",
     triton("expert_mlp", "expert_mlp", *DTYPES, bind=_bind),
-    native("cpu", _cpu, *DTYPES, path=path_of, again=repeating("expert_mlp", 3), learn=_learn),
+    native(
+        "cpu", _cpu, *DTYPES, path=path_of, again=repeats.repeating("expert_mlp", 3), learn=_learn
+    ),
     reference(expert_mlp_reference),
     fake=_fake,
     training=_train,

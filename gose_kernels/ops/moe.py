@@ -27,14 +27,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gose_kernels import repeats
 from gose_kernels.ops import expert_mlp, route
 from gose_kernels.packing import (
     DTYPES,
     Packed,
-    learn_call,
     numbers_then,
     packed_matrix,
-    repeating,
 )
 from gose_kernels.registry import OPS, Cost, native, reference, register
 
@@ -159,7 +158,9 @@ def _learn(args: tuple[Any, ...], options: dict[str, Any]) -> None:
     numbers, of_route, copies = _packed(MoeCall(*args), options)
     weights = (1, 2, 4) if len(copies) > 1 else (1, 2)
     then = torch.cat([numbers, numbers_then(args[0], [args[at] for at in weights])])
-    learn_call("moe", weights, args, options, _kernel(then, of_route, copies), tuple(copies))
+    versions = [version for copy in copies for version in copy.versions]
+    run = _kernel(then, of_route, copies)
+    repeats.learn("moe", weights, versions, args, options, run)
 
 
 def _cost(*args: Any, **options: Any) -> Cost:
@@ -208,7 +209,7 @@ moe = register(
     'float? tau=None, int? capacity=None, str capacity_order="token", str? adaptive=None, '
     "float mass=0.9, float[] bands=[], float noise_std=0.0, str? backend=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    native("cpu", _cpu, *DTYPES, again=repeating("moe", 1), learn=_learn),
+    native("cpu", _cpu, *DTYPES, again=repeats.repeating("moe", 1), learn=_learn),
     reference(moe_reference),
     fake=_layer,
     training=_layer,
