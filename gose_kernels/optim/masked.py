@@ -1,18 +1,11 @@
-"""MaskedAdamW, MaskedSGD, MaskedLion: torch optimizers whose frozen elements keep their bits.
-
-    optimizer = MaskedAdamW(model.parameters(), lr=1e-3, frozen={model.weight: frozen_mask})
-
-Setting gradients to zero does not freeze a parameter: momentum and weight decay still move it. Here
-a frozen element keeps its bits for every option, whatever its gradient holds, and it is left out of
-gradient norms. With nothing frozen the trajectories are those of torch.optim up to rounding.
-"""
+"""What the masked optimizers share: masks, state of live rows, the loop, checkpoints."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, Unpack, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -21,102 +14,12 @@ from torch.optim.optimizer import ParamsT
 
 from gose_kernels import masks, shards
 from gose_kernels.masks import Frozen, Importance
-from gose_kernels.ops.masked_square_sum import masked_square_sum
-from gose_kernels.ops.masked_update import masked_adam_, masked_lion_, masked_sgd_
+from gose_kernels.ops.masked_update import masked_adam_
+from gose_kernels.optim.clip import clip_scale, live_norm, mask_lists
 from gose_kernels.registry import Op
-
-__all__ = ["Importance", "MaskedAdamW", "MaskedLion", "MaskedSGD", "clip_grad_norm_"]
 
 # Rows and blocks of fewer elements have state even where frozen: their row map would outweigh it.
 _MIN_UNIT = 16
-
-
-def _square_norm(params: Iterable[Tensor], frozen: Mapping[Tensor, Frozen]) -> Tensor:
-    """Sum of squares of all live gradient elements, over all shards, float64."""
-    alike: dict[Any, list[Tensor]] = {}
-    for p in params:
-        if p.grad is not None:
-            alike.setdefault((p.device, p.dtype, *shards.layout(p)), []).append(p)
-    total = torch.zeros((), dtype=torch.float64)
-    for group in alike.values():
-        found = [frozen.get(p) for p in group]
-        grads = [shards.local(cast(Tensor, p.grad)) for p in group]
-        mask, threshold = _mask_lists(found, group[0].device)
-        own = masked_square_sum(grads, mask, threshold=threshold).sum()
-        total = total.to(own.device) + shards.sum_over(group[0], own)
-    return total
-
-
-def _mask_lists(
-    frozen: Sequence[Frozen | None], device: torch.device
-) -> tuple[list[Tensor], list[float]]:
-    """`frozen` and `threshold` of an op for parameters with these masks."""
-    if all(f is None for f in frozen):
-        return [], []
-    free = torch.zeros((), dtype=torch.bool, device=device)
-    scores = any(f is not None and f.mask.dtype == torch.float32 for f in frozen)
-    return (
-        [free if f is None else f.mask for f in frozen],
-        [0.0 if f is None else f.threshold for f in frozen] if scores else [],
-    )
-
-
-def _norm(params: Sequence[Tensor], frozen: Mapping[Tensor, Frozen], norm_type: float) -> Tensor:
-    """The norm of all live gradient elements."""
-    if norm_type == 2.0:
-        widest = any(p.dtype == torch.float64 for p in params)
-        return _square_norm(params, frozen).sqrt().to(torch.float64 if widest else torch.float32)
-    grads = []
-    for p in params:
-        if p.grad is not None:
-            mask = frozen[p].spread(shards.local(p).shape) if p in frozen else None
-            live = p.grad if mask is None else torch.where(shards.like(p, mask), 0, p.grad)
-            grads.append(live)
-    return shards.whole(torch.nn.utils.get_total_norm(grads, norm_type))
-
-
-@torch.no_grad()
-def clip_grad_norm_(
-    params: Tensor | Iterable[Tensor],
-    max_norm: float,
-    *,
-    frozen: Mapping[Any, Tensor | Importance] | None = None,
-    norm_type: float = 2.0,
-    error_if_nonfinite: bool = False,
-) -> Tensor:
-    """Norm of all live gradient elements before they are scaled to at most max_norm, in place.
-
-    As torch.nn.utils.clip_grad_norm_, except that elements that are frozen (`frozen` as in
-    MaskedAdamW) count in no norm and keep their gradient's bits. Of DTensors the norm is that of
-    all shards. With error_if_nonfinite a norm that is NaN or infinite raises RuntimeError and
-    nothing is scaled.
-    """
-    params = [params] if isinstance(params, Tensor) else list(params)
-    given = {} if frozen is None else frozen
-    where = "clip_grad_norm_: a mask in frozen"
-    found = {
-        p: masks.frozen(where, shards.cut(where, p, given[p]), shards.local(p).shape)
-        for p in params
-        if p in given
-    }
-    norm = _norm(params, found, norm_type)
-    if error_if_nonfinite and not bool(norm.isfinite()):
-        raise RuntimeError(
-            f"clip_grad_norm_: the norm of order {norm_type} of the live gradients is {float(norm)}"
-        )
-    scale = _clip_scale(norm, max_norm)
-    for p in params:
-        if p.grad is not None:
-            grad = shards.local(p.grad)
-            scaled = grad * scale.to(grad)
-            if p in found:
-                scaled = torch.where(found[p].spread(grad.shape), grad, scaled)
-            grad.copy_(scaled)
-    return norm
-
-
-def _clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)  # 1e-6: torch.nn.utils.clip_grad_norm_
 
 
 class Masking(TypedDict, total=False):
@@ -138,7 +41,7 @@ class _Lists(NamedTuple):
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
-    """What the three optimizers share: masks, the loop over tensors, checkpoints."""
+    """A torch optimizer whose op leaves frozen elements alone."""
 
     _op: ClassVar[Op]
 
@@ -392,9 +295,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
             return loss
         grad_scale = None if loss_scale is None else loss_scale.double().reciprocal().reshape(())
         if self.max_grad_norm is not None:
-            norm = _norm(self._params(), self._frozen, 2.0)
+            norm = live_norm(self._params(), self._frozen, 2.0)
             unscaled = norm if grad_scale is None else norm * grad_scale.to(norm.device)
-            clip = _clip_scale(unscaled, self.max_grad_norm)
+            clip = clip_scale(unscaled, self.max_grad_norm)
             grad_scale = clip if grad_scale is None else clip * grad_scale.to(clip.device)
         for group in self.param_groups:
             alike: dict[Any, _Lists] = {}
@@ -427,7 +330,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             lr = lr.detach().reshape(())
         else:
             lr = torch.full((), lr, dtype=torch.float64, device=device)
-        frozen, threshold = _mask_lists([self._frozen.get(p) for p in params], device)
+        frozen, threshold = mask_lists([self._frozen.get(p) for p in params], device)
         options = self._options(group, lists.fresh)
         if drawn:
             index = {p: n for n, p in enumerate(self._params())}
@@ -551,140 +454,3 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 "here, but not in both; call set_frozen with the checkpoint's mask before loading"
             )
         return theirs
-
-
-class MaskedAdamW(MaskedOptimizer):
-    """AdamW [Loshchilov and Hutter 2019] or, with decoupled_weight_decay=False, Adam, with masks.
-
-    Options as torch.optim.AdamW, and
-    frozen         parameter -> mask, also `set_frozen` at any time between steps: a bool tensor,
-                   True = must not change, every size of which divides the parameter's (one value
-                   per expert, row, block or element), or an Importance
-    freeze_state   what an element frozen later does with its state: "paused" keeps it for its
-                   release, "dropped" forgets it. Rows and blocks of 16 elements and more that are
-                   frozen from the start, or dropped, have no state in memory
-    max_grad_norm  scales the gradients of a step so that the norm of all live ones is at most this
-    bfloat16       how bfloat16 parameters keep small steps: "master" rounds a float32 copy,
-                   "stochastic" rounds up with the probability of what is cut off, from draws that
-                   depend on seed, parameter, step and element alone
-    seed           of these draws
-    backend        passed on to the op masked_adam_
-    Moments are float32. Parameters may be DTensors (FSDP2): masks are those of the whole tensor.
-    """
-
-    _op = masked_adam_
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        decoupled_weight_decay: bool = True,
-        **masking: Unpack[Masking],
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, masking)
-
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-
-    def _options(self, group: dict[str, Any], fresh: bool) -> dict[str, Any]:
-        same = ("eps", "weight_decay", "amsgrad", "maximize")
-        return {
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "decoupled": group["decoupled_weight_decay"],
-            **{name: group[name] for name in same},
-        }
-
-
-class MaskedSGD(MaskedOptimizer):
-    """SGD with momentum, Nesterov momentum and coupled weight decay, with masks.
-
-    Options as torch.optim.SGD, and those of MaskedAdamW from `frozen` on. As in torch a parameter's
-    first step is not dampened; that of an element released later is.
-    """
-
-    _op = masked_sgd_
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        **masking: Unpack[Masking],
-    ) -> None:
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError(
-                f"MaskedSGD: nesterov needs momentum > 0 and no dampening, got {momentum} and "
-                f"{dampening}"
-            )
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, masking)
-
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] != 0 else ()
-
-    def _options(self, group: dict[str, Any], fresh: bool) -> dict[str, Any]:
-        same = ("momentum", "weight_decay", "nesterov", "maximize")
-        dampening = 0.0 if fresh else group["dampening"]
-        return {"dampening": dampening, **{name: group[name] for name in same}}
-
-
-class MaskedLion(MaskedOptimizer):
-    """Lion [Chen et al. 2023] with decoupled weight decay and masks.
-
-    lr, betas, weight_decay, maximize as in the paper's Program 1, and the options of MaskedAdamW
-    from `frozen` on.
-    """
-
-    _op = masked_lion_
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        **masking: Unpack[Masking],
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, masking)
-
-    def _moments(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)
-
-    def _options(self, group: dict[str, Any], fresh: bool) -> dict[str, Any]:
-        return {
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-        }
