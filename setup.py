@@ -232,7 +232,8 @@ class Build(build_ext):
 
         for source, name, more in cpu_objects():
             compile_(source, name, " ".join(more))
-        compile_(CSRC / "bind.cpp", "bind.o", "$torch_flags")
+        for name in ("bind", "bind_experts"):
+            compile_(CSRC / f"{name}.cpp", f"{name}.o", "$torch_flags")
         # libstdc++ before torch: libtorch_cpu exports copies of its symbols, which it may drop.
         libraries = [
             *("-Wl,--gc-sections", "-Wl,--as-needed", "-lstdc++"),

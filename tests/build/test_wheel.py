@@ -165,7 +165,8 @@ def test_folders_may_hold_blanks_and_cxx_a_launcher(tmp_path: Path) -> None:
     compiled = [call for call in calls if "-c" in call]
     assert all(f"-I{checkout / 'csrc'}" in call for call in compiled)
     sources = {Path(call[call.index("-c") + 1]) for call in compiled}
-    assert sources == {checkout / "csrc" / "bind.cpp", *(checkout / "csrc/cpu").glob("*.cpp")}
+    bound = {checkout / "csrc" / name for name in ("bind.cpp", "bind_experts.cpp")}
+    assert sources == bound | set((checkout / "csrc/cpu").glob("*.cpp"))
     assert list(build.rglob("libgose_kernels.so"))
 
 
