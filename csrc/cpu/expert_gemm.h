@@ -104,17 +104,23 @@ struct Ahead {
 };
 
 // What call i of a panel fetches while it multiplies. A panel that is used once slides a window
-// ahead of itself; the next one after a panel that is used often is fetched in equal shares.
+// ahead of itself; the one that follows a panel that is used often is fetched in equal shares.
 // Measured with vdpbf16ps, two threads, panels from memory: 12 rows 26 GB/s without, 63 with 16 KB
 // ahead; 24 rows 490 GFLOP/s without, 844 with the next panel. Up to 4 rows the CPU's own
 // prefetchers keep up (62 to 69 GB/s).
 inline Ahead ahead_of(const Gemm& g, const char* panel, int64_t rows, int64_t i, int64_t pieces,
-                      bool more) {
+                      const char* following) {
   const int64_t lines = g.panel_bytes / 64;
   if (pieces == 1) return {panel + 16384, rows <= 4 ? 0 : lines};
-  if (!more) return {nullptr, 0};
+  if (following == nullptr) return {nullptr, 0};
   const int64_t begin = lines * i / pieces;
-  return {panel + g.panel_bytes + 64 * begin, lines * (i + 1) / pieces - begin};
+  return {following + 64 * begin, lines * (i + 1) / pieces - begin};
+}
+
+// The first panel of a packed item; null for weights that are packed as they are read.
+inline const char* first_panel_of(const Gemm& g, const Item& item) {
+  if (g.raw != nullptr) return nullptr;
+  return g.packed + item.expert * g.stride_packed + item.first * g.panel_bytes;
 }
 
 // rows_of(block, thread) -> Rows; done(block, first, count, panel, sums) takes count x 32 sums of
@@ -132,7 +138,7 @@ inline void multiply(const Gemm& g, const Parallel& threads, const RowsOf& rows_
       const int64_t claimed = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
       if (claimed >= items) return;
       const Item& item = g.items[claimed];
-      const char* weights = g.packed + item.expert * g.stride_packed + item.first * g.panel_bytes;
+      const char* weights = first_panel_of(g, item);
       if (g.raw != nullptr) {
         char* run = g.buffer + thread * run_buffer(g.panel_bytes);
         pack_run(*g.raw, item.expert, item.first, item.end - item.first, run);
@@ -148,9 +154,17 @@ inline void multiply(const Gemm& g, const Parallel& threads, const RowsOf& rows_
         const int64_t pieces = ceil_div(block.rows, g.micro->rows);
         for (int64_t panel = item.first; panel < item.end; ++panel) {
           const char* at = weights + (panel - item.first) * g.panel_bytes;
+          const char* following = at + g.panel_bytes;
+          if (panel + 1 == item.end) {
+            // The next item is a guess, which another thread may claim first.
+            const int64_t likely = __atomic_load_n(&next, __ATOMIC_RELAXED);
+            following = b + 1 < blocks   ? weights
+                        : likely < items ? first_panel_of(g, g.items[likely])
+                                         : nullptr;
+          }
           for (int64_t i = 0; i < pieces; ++i) {
             const int64_t from = block.rows * i / pieces, to = block.rows * (i + 1) / pieces;
-            const Ahead ahead = ahead_of(g, at, block.rows, i, pieces, panel + 1 < item.end);
+            const Ahead ahead = ahead_of(g, at, block.rows, i, pieces, following);
             g.micro->run(rows.data + from * rows.stride, rows.stride, int32_t(to - from), at, g.K,
                          sums, ahead.first, ahead.lines);
             done(block, from, to - from, panel, sums);
