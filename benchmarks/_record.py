@@ -18,18 +18,21 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty where files differ from it; "unknown" outside git."""
-    try:
+    """The checkout's commit, with -dirty where files other than results and README, which shows
+    them, differ from it; "unknown" outside git."""
+
+    def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=RESULTS.parent,
-            capture_output=True,
-            text=True,
-            check=True,
+            ["git", *words], cwd=RESULTS.parent.parent, capture_output=True, text=True, check=True
         )
+        return done.stdout.strip()
+
+    changed = ("status", "--porcelain", "--untracked-files=no", "--", ".")
+    try:
+        dirty = git(*changed, ":!benchmarks/results", ":!README.md")
+        return git("describe", "--always") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return done.stdout.strip()
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -40,9 +40,11 @@ def _result(name: str) -> dict[str, Any]:
 def _source(result: dict[str, Any]) -> str:
     """Where a table's numbers come from."""
     machine = result["machine"]
+    cells = result.get("cells", {}).values()
+    commits = sorted({str(cell["commit"]) for cell in cells}) or [result["commit"]]
     return (
         f"{machine['threads']} threads of {machine['cpu']} ({machine['cpu_level']}), torch "
-        f"{machine['torch']}, commit {result['commit']}: `{result['command']}`."
+        f"{machine['torch']}, commit {', '.join(commits)}: `{result['command']}`."
     )
 
 
