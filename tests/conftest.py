@@ -60,16 +60,15 @@ def _sampling(config: pytest.Config) -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--whole"):
         return
-    groups: dict[str, list[pytest.Item]] = {}
+    groups: dict[tuple[str, int], list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("matrix"):
-            groups.setdefault(item.nodeid.split("[")[0], []).append(item)
+        # A test has a mark, or a parameter of it, or both: the fewest are kept.
+        if kept := [int(mark.kwargs["keep"]) for mark in item.iter_markers("matrix")]:
+            groups.setdefault((item.nodeid.split("[")[0], min(kept)), []).append(item)
     dropped: set[str] = set()
-    for name, group in groups.items():
-        marker = group[0].get_closest_marker("matrix")
-        assert marker is not None
+    for (name, keep), group in groups.items():
         draw = random.Random(f"{config.getoption('--matrix-seed')} {name}")
-        surplus = max(0, len(group) - int(marker.kwargs["keep"]))
+        surplus = max(0, len(group) - keep)
         dropped |= {item.nodeid for item in draw.sample(group, surplus)}
     if dropped:
         config.hook.pytest_deselected(items=[i for i in items if i.nodeid in dropped])

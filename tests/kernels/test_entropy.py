@@ -137,7 +137,7 @@ def test_shifting_and_permuting_classes_changes_nothing(row, shift, random):
     torch.testing.assert_close(moved, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", backends_of("entropy"))
+@pytest.mark.parametrize("backend", backends_of("entropy", "cpu", "torch"))
 def test_the_same_bits_for_any_number_of_threads(backend):
     x = torch.randn(3000, 100, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()

@@ -47,7 +47,7 @@ def test_matches_reference(case: cases.ExpertMlpCase, dtype: torch.dtype, backen
     got = gk.expert_mlp(*args, **options, backend=backend)
     truth = oracle(*double(args), **options)
     same = expert_mlp_reference(*args, **options)
-    assert_chain_close_to_truth(got, same, truth)
+    assert_chain_close_to_truth(got, same, truth, rounded_parts=backend == "triton")
     if not underflows(case, dtype):
         assert (same - truth).norm() <= REFERENCE_ERROR[dtype] * truth.norm()
 

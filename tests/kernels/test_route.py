@@ -318,7 +318,7 @@ def test_priority_keeps_the_surest_tokens(backend):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("backend", backends_of("route"))
+@pytest.mark.parametrize("backend", backends_of("route", "cpu", "torch"))
 def test_the_same_bits_for_any_number_of_threads(backend, options):
     score = torch.randn(5000, 40, generator=torch.Generator().manual_seed(0))
     before = torch.get_num_threads()
