@@ -41,7 +41,7 @@ define tests
 	GOSE_ISA=portable $(PYTEST) $(1) -n 2 tests/kernels -k cpu
 	GOSE_ISA=avx2 $(PYTEST) $(1) -n 2 tests/kernels -k cpu
 	$(PYTEST) -m bench --benchmark-disable tests/bench
-	$(PYTEST) $(1) -n 2 tests
+	$(PYTEST) $(1) -n 2 --dist worksteal tests
 endef
 
 GPU_PYTHON ?= python3

@@ -92,7 +92,7 @@ def main() -> None:
     from tests.build.conftest import compile_sources
 
     with tempfile.TemporaryDirectory() as folder:
-        table = cuda({stem: lib for stem, (lib, _) in compile_sources(Path(folder)).items()})
+        table = cuda({stem: lib for stem, (lib, _) in compile_sources().items()})
         for target in triton_host.TARGETS:
             table.update(triton(target, Path(folder)))
             table.update(gemms(target, Path(folder)))

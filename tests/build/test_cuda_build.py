@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ BY_PLACE["quantize"] = "quantize_at"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
-def test_kernels_spill_nothing(compiled: dict[str, tuple[Path, str]], source: Path) -> None:
+def test_kernels_spill_nothing(compiled: Mapping[str, tuple[Path, str]], source: Path) -> None:
     """No register spills and no stack; at least half of a multiprocessor's threads stay resident.
 
     65536 registers for 1024 threads are 64 a thread.
@@ -64,7 +65,7 @@ _FLOAT32, _FLOAT64 = 0, 3
     ids=str,
 )
 def test_combine_launches_nothing_wrong(
-    compiled: dict[str, tuple[Path, str]], sizes: dict[str, int], dtype: int, wanted: int
+    compiled: Mapping[str, tuple[Path, str]], sizes: dict[str, int], dtype: int, wanted: int
 ) -> None:
     """Empty grids, dtypes without a kernel and grids past CUDA's limits end before a launch."""
     library = ctypes.CDLL(str(compiled["combine"][0]))
@@ -82,7 +83,7 @@ def test_combine_launches_nothing_wrong(
     ids=str,
 )
 def test_combine_backward_launches_nothing_wrong(
-    compiled: dict[str, tuple[Path, str]], sizes: dict[str, int], dtype: int, wanted: int
+    compiled: Mapping[str, tuple[Path, str]], sizes: dict[str, int], dtype: int, wanted: int
 ) -> None:
     library = ctypes.CDLL(str(compiled["combine"][0]))
     got = run_launcher(library, "combine_backward", "CombineBackwardParams", dtype=dtype, **sizes)
@@ -125,7 +126,7 @@ def test_library_has_code_for_every_architecture(cuda_library: Path) -> None:
         assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == {"sm_90"}
 
 
-def test_vector_kernels_move_16_bytes(compiled: dict[str, tuple[Path, str]]) -> None:
+def test_vector_kernels_move_16_bytes(compiled: Mapping[str, tuple[Path, str]]) -> None:
     """Rows that are aligned are read and written in words of 16 bytes, four rows in flight."""
     assembly = cuobjdump("-sass", str(compiled["combine"][0]))
     kernels = re.split(r"\n\s*Function : ", assembly)[1:]

@@ -32,11 +32,6 @@ SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64, "gfx950": 160
 MATRIX_UNITS = {"HMMA", "HGMMA", "UTCHMMA", "v_mfma"}
 
 
-@pytest.fixture(autouse=True)
-def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
 def compile_all(name: str, args: tuple[Any, ...], target: str) -> list[triton_host.Launched]:
     """What the op's launcher launches on meta tensors, compiled for a target."""
     launched: list[triton_host.Launched] = []

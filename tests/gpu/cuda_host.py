@@ -52,7 +52,13 @@ def compile_ptx(source: Path, folder: Path, *, include: Path | None = None) -> C
         check=True,
         timeout=240,
     )
-    return Compiled(library, (keep / f"{source.stem}.ptx").read_text())
+    return compiled_ptx(source, folder)
+
+
+def compiled_ptx(source: Path, folder: Path) -> Compiled:
+    """What compile_ptx has left in a folder."""
+    keep = folder / source.stem
+    return Compiled(keep / f"{source.stem}.so", (keep / f"{source.stem}.ptx").read_text())
 
 
 _CALLBACK = ctypes.CFUNCTYPE(
@@ -116,9 +122,13 @@ def run_launcher(library: ctypes.CDLL, op: str, struct: str, **values: Any) -> i
 ORDERS = {"forward": 0, "reverse": 1, "random": 2, "warps": 3}
 
 
+def emulated_library(source: Path, folder: Path) -> Path:
+    return folder / f"{source.stem}.emulated.so"
+
+
 def compile_emulated(source: Path, folder: Path, *, flags: Sequence[str] = ()) -> Path:
     """The source as a library whose kernels run on the CPU, warnings as errors."""
-    library = folder / f"{source.stem}{'.'.join(f.strip('-') for f in flags)}.emulated.so"
+    library = emulated_library(source, folder)
     csrc = params.ROOT / "csrc"
     subprocess.run(
         [

@@ -4,11 +4,13 @@ runs every case, or one planted overflow of a shared array or of a tensor."""
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from tests.gpu import cuda_host
+from tests.gpu.kept import Kept
 from tests.gpu.ops import OPS
 
 _FLAGS = ("-fsanitize=address", "-fno-omit-frame-pointer")
@@ -22,9 +24,8 @@ def main(folder: Path, planted: str | None) -> int:
         rows = 4 if planted == "shared" else 0
         call("entropy", "EntropyParams", {"out": out}, rows=rows, C=1)
         return 0
-    libraries = {
-        s.stem: cuda_host.compile_emulated(s, folder, flags=_FLAGS) for s in cuda_host.SOURCES
-    }
+    compile_ = partial(cuda_host.compile_emulated, flags=_FLAGS)
+    libraries = Kept("sanitized", compile_, cuda_host.emulated_library)
     count = 0
     for op in OPS.values():
         call = cuda_host.OnEmulator(libraries[op.source])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.gpu.params import ROOT, poisoned
 @pytest.mark.matrix(keep=250)
 @pytest.mark.parametrize(("name", "dtype", "case"), every_case())
 def test_emulated_kernel(
-    name: str, dtype: torch.dtype, case: str, emulated: dict[str, Path]
+    name: str, dtype: torch.dtype, case: str, emulated: Mapping[str, Path]
 ) -> None:
     op, args = OPS[name], arguments(name, dtype, case)
     outputs = []
@@ -30,7 +31,7 @@ def test_emulated_kernel(
     assert all(same_bits(outputs[0], other) for other in outputs[1:])
 
 
-def test_route_refuses_what_its_kernel_cannot_hold(emulated: dict[str, Path]) -> None:
+def test_route_refuses_what_its_kernel_cannot_hold(emulated: Mapping[str, Path]) -> None:
     """The limits that the op states as its reason are those of the launcher."""
     experts, bands = route_op.CUDA_EXPERTS, list(range(route_op.CUDA_BANDS + 1))
     narrow, wide = torch.zeros(1, 4), torch.zeros(1, experts + 1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -54,9 +55,19 @@ class _Driver:
         return 0
 
 
+def _until_ptx(*stages: Any) -> tuple[str, str] | None:
+    """Triton's hook of compilation: the key of what it changes, or the stages to change."""
+    if stages:
+        stages[1]["cubin"] = lambda ptx, metadata: b""
+    return ("until ptx",) * 2
+
+
 @contextmanager
-def launches_go_to(target: str, execute: Callable[[Launched], None]) -> Iterator[None]:
-    """Every Triton launch inside is compiled for the target and handed over."""
+def launches_go_to(
+    target: str, execute: Callable[[Launched], None], *, assembled: bool = True
+) -> Iterator[None]:
+    """Every Triton launch inside is compiled for the target and handed over. The PTX machine does
+    without the assembler."""
     run, hip, before = JITFunction.run, torch.version.hip, driver._active
 
     def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -72,11 +83,13 @@ def launches_go_to(target: str, execute: Callable[[Launched], None]) -> Iterator
 
     driver.set_active(_Driver(target))
     JITFunction.run = compiled
+    knobs.runtime.add_stages_inspection_hook = None if assembled else _until_ptx
     torch.version.hip = "6.0" if target.startswith("gfx") else None
     try:
         yield
     finally:
         JITFunction.run, torch.version.hip, driver._active = run, hip, before
+        knobs.runtime.add_stages_inspection_hook = None
 
 
 class OnPtx:
@@ -120,5 +133,5 @@ def _poisoned_memory() -> Iterator[None]:
 def run_on_ptx(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, Counts]:
     """(outputs, counts) of a launcher called on CPU tensors."""
     machine_ = OnPtx(**options)
-    with launches_go_to("sm_80", machine_), _poisoned_memory():
+    with launches_go_to("sm_80", machine_, assembled=False), _poisoned_memory():
         return function(*args), machine_.counts

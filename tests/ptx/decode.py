@@ -323,12 +323,13 @@ def _address(operand: Operand, kernel: Kernel) -> Callable[[Any], np.ndarray]:
     if operand.name in kernel.shared or operand.name in kernel.local:
         table = kernel.shared if operand.name in kernel.shared else kernel.local
         fixed = np.uint64(table[operand.name]) + offset
-        return lambda m: np.full(len(m.lanes), fixed, np.uint64)
+        return lambda m: np.full(m.group.count, fixed, np.uint64)
     name = operand.name
     if kernel.registers[name].itemsize == 4:
-        short = np.uint32(operand.offset & 0xFFFFFFFF)
-        return lambda m: (m.get(name, np.dtype("u4"))[m.lanes] + short).astype(np.uint64)
-    return lambda m: m.get(name, np.dtype("u8"))[m.lanes] + offset
+        short, narrow = np.uint32(operand.offset & 0xFFFFFFFF), np.dtype("u4")
+        return lambda m: (m.pick(m.get(name, narrow)) + short).astype(np.uint64)
+    wide = np.dtype("u8")
+    return lambda m: m.pick(m.get(name, wide)) + offset
 
 
 def _space(words: tuple[str, ...]) -> str:
@@ -381,7 +382,7 @@ def _read(m: Any, space: str, address: np.ndarray, size: int, count: int, what: 
     if space == "shared":
         if m.counting:
             Shared.count(m.counts, m.lanes, address, size * count)
-        slot, thread = m.slot[m.lanes], m.thread[m.lanes]
+        slot, thread = m.pick(m.slot), m.pick(m.thread)
         found: np.ndarray = m.shared.read(address, size, count, slot, thread, what)
         return found
     if space == "local":
@@ -392,7 +393,7 @@ def _read(m: Any, space: str, address: np.ndarray, size: int, count: int, what: 
         if (at < 0).any() or (at >= len(m.params)).any():
             raise m.fault("out of bounds", f"{what} reads past the parameters")
         return m.params[at].view(f"u{size}")
-    block = m.block[m.lanes]
+    block = m.pick(m.block)
     if m.counting:
         m.memory.count(m.counts, m.lanes, address, size * count, block)
     return m.memory.read(address, size, count, block, what)  # type: ignore[no-any-return]
@@ -408,19 +409,19 @@ def _st(i: Instruction, kernel: Kernel) -> Run:
 
     def store(m: Any) -> None:
         actual, address = _resolve(m, space, where(m))
-        values = np.empty((len(m.lanes), count), np.dtype(f"u{size}"))
+        values = np.empty((m.group.count, count), np.dtype(f"u{size}"))
         for at, r in enumerate(read):
             x = r(m)
-            values[:, at] = x[m.lanes] if np.ndim(x) else x
+            values[:, at] = m.pick(x) if np.ndim(x) else x
         if actual == "shared":
             if m.counting:
                 Shared.count(m.counts, m.lanes, address, size * count)
-            m.shared.write(address, values, m.slot[m.lanes], m.thread[m.lanes], i.text)
+            m.shared.write(address, values, m.pick(m.slot), m.pick(m.thread), i.text)
         elif actual == "local":
             at = address.astype(np.int64)[:, None] + np.arange(size * count)
             m.local[m.lanes[:, None], at] = values.view(np.uint8)
         else:
-            block = m.block[m.lanes]
+            block = m.pick(m.block)
             if m.counting:
                 m.memory.count(m.counts, m.lanes, address, size * count, block)
             m.memory.write(address, values, block, i.text)
@@ -459,7 +460,7 @@ def _atomic(i: Instruction, kernel: Kernel) -> Run:
         actual, address = _resolve(m, space, where(m))
         args = [np.broadcast_to(r(m), m.size)[m.lanes] for r in read]
         if actual == "shared":
-            slot, thread = m.slot[m.lanes], m.thread[m.lanes]
+            slot, thread = m.pick(m.slot), m.pick(m.thread)
             spots = [(*m.shared.atomic_view(address, size, slot, thread, i.text), slice(None))]
         else:
             spots = m.memory.atomic_view(address, size, i.text)
@@ -500,7 +501,7 @@ def _cp(i: Instruction, kernel: Kernel) -> Run:
     given = _value(i.operands[3], "u32", kernel) if len(i.operands) > 3 else None
 
     def copy(m: Any) -> None:
-        block, slot, thread = m.block[m.lanes], m.slot[m.lanes], m.thread[m.lanes]
+        block, slot, thread = m.pick(m.block), m.pick(m.slot), m.pick(m.thread)
         words_ = np.zeros((len(m.lanes), size // 4), np.uint32)
         wanted = np.full(len(m.lanes), size)
         if given is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +85,29 @@ def run(
     return counts
 
 
+class _Group:
+    """Threads that go together."""
+
+    def __init__(self, mask: np.ndarray) -> None:
+        self.mask = mask
+        self.count = int(np.count_nonzero(mask))
+        self.whole = self.count == len(mask)
+
+    @cached_property
+    def lanes(self) -> np.ndarray:
+        return np.flatnonzero(self.mask)
+
+    @cached_property
+    def warps(self) -> int:
+        if self.whole:
+            return len(self.mask) // WARP
+        return int(np.count_nonzero(self.mask.reshape(-1, WARP).any(axis=1)))
+
+    def where(self, flag: np.ndarray) -> _Group:
+        part = _Group(self.mask & flag)
+        return self if part.count == self.count else part
+
+
 class _Blocks:
     """Some blocks side by side: registers, masks, shared memory."""
 
@@ -119,7 +142,7 @@ class _Blocks:
         self.registers: dict[str, np.ndarray] = {}
         self.special = self._special(launch, blocks)
         self.pc = 0
-        self._set(self.alive)
+        self._set(_Group(self.alive.copy()))
 
     def _special(self, launch: Launch, blocks: np.ndarray) -> dict[str, np.ndarray]:
         values: dict[str, Any] = {"%laneid": self.lane, "%warpid": self.thread // WARP}
@@ -138,11 +161,21 @@ class _Blocks:
 
     # ---- what instructions see ---------------------------------------------------------------
 
-    def _set(self, mask: np.ndarray) -> None:
-        self.mask = mask
-        self.whole = bool(mask.all())
-        self.lanes = np.flatnonzero(mask)
-        self.num_warps = int(mask.reshape(-1, WARP).any(axis=1).sum())
+    def _set(self, group: _Group) -> None:
+        self.group, self.mask, self.whole = group, group.mask, group.whole
+
+    @property
+    def lanes(self) -> np.ndarray:
+        return self.group.lanes
+
+    @property
+    def whole_warps(self) -> bool:
+        """No warp is here with some of its threads alone."""
+        return self.group.count == WARP * self.group.warps
+
+    def pick(self, values: np.ndarray) -> np.ndarray:
+        """The elements of the active lanes, to be read only."""
+        return values if self.whole else values[self.group.lanes]
 
     def fault(self, kind: str, message: str) -> KernelError:
         return KernelError(kind, f"{message} [{self.kernel.instructions[self.pc].text}]")
@@ -151,6 +184,8 @@ class _Blocks:
         register = self.registers.get(name)
         if register is None:
             raise self.fault("unwritten register", f"{name} was never written")
+        if register.dtype is dtype:
+            return register
         if register.dtype.itemsize == dtype.itemsize:
             return register.view(dtype)
         if register.dtype.itemsize < dtype.itemsize:
@@ -166,9 +201,12 @@ class _Blocks:
             self.registers[name] = register
         return register
 
-    def put(self, name: str, values: np.ndarray) -> None:
-        register = self._register(name)
-        values = decode.fit(np.asarray(values), register.dtype)
+    def put(self, name: str, values: Any) -> None:
+        register = self.registers.get(name)
+        if register is None:
+            register = self._register(name)
+        if values.dtype is not register.dtype:
+            values = decode.fit(values, register.dtype)
         if self.whole:
             register[...] = values
         else:
@@ -176,14 +214,19 @@ class _Blocks:
 
     def put_lanes(self, name: str, values: np.ndarray) -> None:
         """`values` has one element per active lane."""
-        register = self._register(name)
-        register[self.lanes] = decode.fit(values, register.dtype)
+        if self.whole:
+            self.put(name, values)
+        else:
+            register = self._register(name)
+            register[self.group.lanes] = decode.fit(values, register.dtype)
 
     # ---- control -----------------------------------------------------------------------------
 
     def run(self) -> None:
         program = _program(_ByIdentity(self.kernel))
         waiting: dict[int, np.ndarray] = {0: self.alive.copy()}
+        flag_type = np.dtype(bool)
+        issued, lanes = [0] * len(program), [0] * len(program)
         steps = 0
 
         def later(pc: int, mask: np.ndarray) -> None:
@@ -191,50 +234,56 @@ class _Blocks:
 
         while waiting:
             pc = min(waiting)
-            mask = waiting.pop(pc)
+            group = _Group(waiting.pop(pc))
             limit = min(waiting, default=len(program))
-            self._set(mask)
+            self._set(group)
             while pc < limit:
                 steps += 1
                 if steps > _MAX_STEPS:
                     raise self.fault("endless", f"{_MAX_STEPS} steps")
                 self.pc, step = pc, program[pc]
-                active = mask
+                active = group
                 if step.guard is not None:
-                    flag = self.get(step.guard, np.dtype(bool))
-                    active = mask & (~flag if step.guard_negated else flag)
+                    flag = self.get(step.guard, flag_type)
+                    active = group.where(~flag if step.guard_negated else flag)
                 if step.control == "":
-                    pc += 1
-                    if active is mask:
-                        self._execute(step)
-                    elif active.any():
+                    if active is group:
+                        step.run(self)
+                    elif active.count:
                         self._set(active)
-                        self._execute(step)
-                        self._set(mask)
+                        step.run(self)
+                        self._set(group)
+                    issued[pc] += active.warps
+                    lanes[pc] += active.count
+                    pc += 1
                     continue
-                self._count(step)
-                rest = mask & ~active if active is not mask else None
-                stays = rest is not None and bool(rest.any())
-                goes = active is mask or bool(active.any())
-                if goes and step.control == "branch":
-                    later(step.target, active)
-                elif goes and step.control == "exit":
-                    self.alive &= ~active
+                issued[pc] += group.warps
+                if active.count and step.control == "branch":
+                    later(step.target, active.mask)
+                elif active.count and step.control == "exit":
+                    self.alive &= ~active.mask
                     self._release(later)
-                elif goes:
-                    self.parked |= active
-                    self.parked_at[active] = pc
+                elif active.count:
+                    self.parked |= active.mask
+                    self.parked_at[active.mask] = pc
                     self._release(later)
-                if stays or not goes:
-                    later(pc + 1, mask if rest is None else rest)
+                if active.count < group.count:
+                    later(pc + 1, group.mask & ~active.mask)
                 break
             else:
                 if pc >= len(program):
-                    self.alive &= ~mask
+                    self.alive &= ~group.mask
                     self._release(later)
                 else:
-                    later(pc, mask)
+                    later(pc, group.mask)
         assert not self.alive.any()
+        self._count(program, issued, lanes)
+
+    def _count(self, program: list[decode.Step], issued: list[int], lanes: list[int]) -> None:
+        self.counts.instructions += sum(issued)
+        for step, warps, threads in zip(program, issued, lanes, strict=True):
+            self.counts.opcodes[step.opcode] += warps
+            self.counts.flops += step.flops * threads
 
     def _release(self, later: Callable[[int, np.ndarray], None]) -> None:
         """Blocks whose living threads all wait go on; all their threads must wait, at one place."""
@@ -260,16 +309,6 @@ class _Blocks:
         for pc in np.unique(self.parked_at[freed]):
             later(int(pc) + 1, freed & (self.parked_at == pc))
         self.parked &= ~freed
-
-    def _count(self, step: decode.Step) -> None:
-        self.counts.instructions += self.num_warps
-        self.counts.opcodes[step.opcode] += self.num_warps
-
-    def _execute(self, step: decode.Step) -> None:
-        self._count(step)
-        if step.flops:
-            self.counts.flops += step.flops * len(self.lanes)
-        step.run(self)
 
 
 def run_text(text: str, name: str, launch: Launch, memory: Global, **options: Any) -> Counts:

@@ -37,6 +37,7 @@ class Buffer:
         }
         self.writer = np.zeros(self.span, np.int32)
         self.reader = np.zeros(self.span, np.int32)
+        self.written = False  # since the last launch, by anyone
 
     def view(self, size: int) -> np.ndarray:
         return self._views[size]
@@ -95,10 +96,12 @@ class Global:
     def _note_read(
         self, buffer: Buffer, at: np.ndarray, whole: int, block: np.ndarray, what: str
     ) -> None:
-        writer = buffer.writer.reshape(-1, whole)[at]
-        other = (writer != 0) & (writer != block[:, None])
-        if other.any():
-            self._conflict(buffer, at[other.any(axis=1)][0] * whole, f"{what} reads what another")
+        if buffer.written:
+            writer = buffer.writer.reshape(-1, whole)[at]
+            other = (writer != 0) & (writer != block[:, None])
+            if other.any():
+                offset = at[other.any(axis=1)][0] * whole
+                self._conflict(buffer, offset, f"{what} reads what another")
         shadow = buffer.reader.reshape(-1, whole)
         known = shadow[at]
         shadow[at] = np.where((known == 0) | (known == block[:, None]), block[:, None], _MANY)
@@ -133,6 +136,7 @@ class Global:
                 self._conflict(
                     buffer, at[other.any(axis=1)][0] * whole, f"{what} writes what another"
                 )
+        buffer.written = True
         writer = buffer.writer.reshape(-1, whole)
         writer[at] = block[:, None]
         if (writer[at, 0] != block).any():
@@ -148,6 +152,7 @@ class Global:
                 if ((known != 0) & (known != _ATOMIC)).any():
                     self._conflict(buffer, at[0] * size, f"{what} meets what a plain access of a")
                 shadow.reshape(-1, size)[at] = _ATOMIC
+            buffer.written = True
             found.append((buffer.view(size), at, lanes))
         return found
 
@@ -158,6 +163,7 @@ class Global:
             counts.written_bytes += int(np.count_nonzero(b.writer))
             b.reader[:] = 0
             b.writer[:] = 0
+            b.written = False
         counts.block_sectors += len(self._sectors)
         self._sectors.clear()
 
@@ -189,7 +195,7 @@ class Shared:
         self.bytes = np.full(total, 0xFF, np.uint8)
         self.limit, self.threads = size, threads
         self.written = np.zeros(total, bool)
-        self.flying = np.zeros(total, bool)
+        self.flying, self.flown = np.zeros(total, bool), False  # now, ever
         # 0 = nobody since the last barrier, t + 1 = thread t, -(w + 1) = warp w before a warp sync
         self.writer = np.zeros(total, np.int32)
         # the same, and -(w + 1) - _UNSYNCED = several threads of warp w, _EVERYONE = several warps
@@ -207,7 +213,7 @@ class Shared:
         return (address.astype(np.int64) + slot * self.size) // whole
 
     def _check_flying(self, at: np.ndarray, whole: int, what: str) -> None:
-        if self.flying.reshape(-1, whole)[at].any():
+        if self.flown and self.flying.reshape(-1, whole)[at].any():
             raise KernelError(
                 "asynchronous copy", f"{what} touches bytes of a copy that was not waited for"
             )
@@ -296,6 +302,7 @@ class Shared:
         self._check_flying(at, whole, what)
         self._check_write(at, whole, thread, what)
         self.flying.reshape(-1, whole)[at] = True
+        self.flown = True
         return at
 
     def land(self, at: np.ndarray, words: np.ndarray, thread: np.ndarray) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -86,49 +86,69 @@ def _array(text: str) -> tuple[str, str, int, int]:
     return found["space"], found["name"], size * count, int(found["align"] or size)
 
 
-def _closing(text: str, start: int, pair: str) -> int:
-    """Index after the bracket that closes the one at `start`."""
+def _closing(text: str, start: int) -> int:
+    """Index after the brace that closes the one at `start`."""
     depth = 0
-    for at in range(start, len(text)):
-        depth += (text[at] == pair[0]) - (text[at] == pair[1])
+    for brace in re.compile("[{}]").finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return at + 1
-    raise ValueError(f"no closing {pair[1]} for the one at character {start}")
+            return brace.end()
+    raise ValueError(f"no closing brace for the one at character {start}")
 
 
-def kernels(text: str) -> dict[str, Kernel]:
-    """Every .entry of a PTX module by name."""
-    return dict(_kernels(text))
+class Module(Mapping[str, Kernel]):
+    """The kernels of a PTX module by name; each is read when it is asked for."""
+
+    def __init__(self, texts: dict[str, Callable[[], Kernel]]) -> None:
+        self._texts, self._read = texts, dict[str, Kernel]()
+
+    def __getitem__(self, name: str) -> Kernel:
+        if name not in self._read:
+            self._read[name] = self._texts[name]()
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
 
 
 @cache
-def _kernels(text: str) -> tuple[tuple[str, Kernel], ...]:
+def kernels(text: str) -> Module:
+    """Every .entry of a PTX module by name."""
     text = _without_comments(text)
     outside = re.sub(r"\.section\s+\S+\s*\{[^}]*\}", "", text, flags=re.DOTALL)
     globals_: list[str] = []
-    found: list[tuple[str, Kernel]] = []
+    found: dict[str, Callable[[], Kernel]] = {}
+    entry = re.compile(r"\.entry\s+([\w$]+)")
     at = 0
-    while (match := re.compile(r"\.entry\s+([\w$]+)").search(outside, at)) is not None:
+    while (match := entry.search(outside, at)) is not None:
         globals_ += re.findall(r"[^;{}]*\.shared\b[^;]*;", outside[at : match.start()])
-        kernel = Kernel(match[1])
-        for name in globals_:
-            _declare(kernel, name)
         begin = outside.index("{", match.end())
-        header, end = outside[match.end() : begin], _closing(outside, begin, "{}")
-        for parameter in header[header.index("(") + 1 : header.index(")")].split(","):
-            if parameter.strip():
-                _, name, size, align = _array(parameter)
-                kernel.params[name] = _align(kernel.param_bytes, align)
-                kernel.param_bytes = kernel.params[name] + size
-        if limit := re.search(r"\.(?:maxntid|reqntid)\s+([\d, ]+)", header):
-            kernel.max_threads = int(np.prod([int(n) for n in limit[1].split(",")]))
-        _body(kernel, outside[begin + 1 : end - 1])
-        if kernel.dynamic:  # after every array of known size
-            kernel.shared_bytes = _align(kernel.shared_bytes, 16)
-            kernel.shared.update(dict.fromkeys(kernel.dynamic, kernel.shared_bytes))
-        found.append((kernel.name, kernel))
+        header, end = outside[match.end() : begin], _closing(outside, begin)
+        body = outside[begin + 1 : end - 1]
+        found[match[1]] = partial(_kernel, match[1], header, body, tuple(globals_))
         at = end
-    return tuple(found)
+    return Module(found)
+
+
+def _kernel(name: str, header: str, body: str, globals_: tuple[str, ...]) -> Kernel:
+    kernel = Kernel(name)
+    for declaration in globals_:
+        _declare(kernel, declaration)
+    for parameter in header[header.index("(") + 1 : header.index(")")].split(","):
+        if parameter.strip():
+            _, own, size, align = _array(parameter)
+            kernel.params[own] = _align(kernel.param_bytes, align)
+            kernel.param_bytes = kernel.params[own] + size
+    if limit := re.search(r"\.(?:maxntid|reqntid)\s+([\d, ]+)", header):
+        kernel.max_threads = int(np.prod([int(n) for n in limit[1].split(",")]))
+    _body(kernel, body)
+    if kernel.dynamic:  # after every array of known size
+        kernel.shared_bytes = _align(kernel.shared_bytes, 16)
+        kernel.shared.update(dict.fromkeys(kernel.dynamic, kernel.shared_bytes))
+    return kernel
 
 
 def _declare(kernel: Kernel, text: str) -> None:
@@ -149,6 +169,9 @@ def _declare(kernel: Kernel, text: str) -> None:
         kernel.local_bytes = table[name] + size
 
 
+_LABEL = re.compile(r"[\w$%]+:(?!:)")
+
+
 def _statements(body: str) -> Iterator[str]:
     """Statements without their semicolons, labels with their colon, scopes as "{" and "}"."""
     at = 0
@@ -158,7 +181,7 @@ def _statements(body: str) -> Iterator[str]:
         elif body[at] in "{}":
             yield body[at]
             at += 1
-        elif label := re.compile(r"[\w$%]+:(?!:)").match(body, at):
+        elif label := _LABEL.match(body, at):
             yield label[0]
             at = label.end()
         else:
@@ -172,12 +195,12 @@ def _register_type(name: str) -> np.dtype:
 
 
 def _body(kernel: Kernel, body: str) -> None:
-    scopes: list[dict[str, str]] = [{}]
+    scopes: list[dict[str, str]] = [{}]  # own names of registers, those of outer scopes included
     opened = 0
     for statement in _statements(body):
         if statement == "{":
             opened += 1
-            scopes.append({})
+            scopes.append(dict(scopes[-1]))
         elif statement == "}":
             scopes.pop()
         elif statement.endswith(":"):
@@ -194,8 +217,7 @@ def _body(kernel: Kernel, body: str) -> None:
         elif statement.startswith((".shared", ".local")):
             _declare(kernel, statement)
         elif not statement.startswith("."):
-            names = {k: v for scope in scopes for k, v in scope.items()}
-            kernel.instructions.append(_instruction(statement, names))
+            kernel.instructions.append(_instruction(statement, scopes[-1]))
 
 
 def _split(text: str) -> list[str]:

@@ -15,18 +15,22 @@ from tests.ptx.parse import Instruction, Kernel
 Run = Callable[[Any], None]
 
 
-def _row_mask(m: Any) -> np.ndarray:
-    """Bits of the active lanes of every warp, uint32 per warp."""
-    bits = m.mask.reshape(-1, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)
-    return bits.sum(axis=1).astype(np.uint32)
+EVERYONE = 0xFFFFFFFF
+
+
+def _bits(flags: np.ndarray) -> np.ndarray:
+    """Flags of lanes as one uint32 per warp."""
+    packed: np.ndarray = np.packbits(flags, bitorder="little").view(np.uint32)
+    return packed
 
 
 def check_members(m: Any, named: Any) -> None:
     """Every active lane names itself, and all living lanes that it names are active with it."""
+    if np.ndim(named) == 0 and named == EVERYONE and m.whole_warps:
+        return
     named = np.broadcast_to(named, m.size)[m.lanes]
-    here = np.repeat(_row_mask(m), WARP)[m.lanes]
-    alive_bits = m.alive.reshape(-1, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)
-    alive = np.repeat(alive_bits.sum(axis=1).astype(np.uint32), WARP)[m.lanes]
+    here = np.repeat(_bits(m.mask), WARP)[m.lanes]
+    alive = np.repeat(_bits(m.alive), WARP)[m.lanes]
     lane = m.lane[m.lanes].astype(np.uint32)
     if ((named & alive & ~here) != 0).any():
         raise m.fault("divergent warp", "the mask names lanes that are not here")
@@ -44,11 +48,8 @@ def shuffle(i: Instruction, kernel: Kernel, value: Any) -> Run:
         for o, t in zip(i.operands[1:], (kind, "u32", "u32", "u32"), strict=True)
     )
 
-    def run(m: Any) -> None:
-        check_members(m, members(m))
-        lane = m.lane.astype(np.int64)
-        bval = np.broadcast_to(b(m), m.size).astype(np.int64) & 31
-        cval = np.broadcast_to(c(m), m.size).astype(np.int64)
+    def sources(lane: np.ndarray, bval: Any, cval: Any) -> tuple[np.ndarray, np.ndarray]:
+        """(lane of the warp that each one reads, whether that is within its segment)."""
         clamp, segment = cval & 31, cval >> 8 & 31
         low = lane & segment
         high = low | (clamp & ~segment)
@@ -61,11 +62,27 @@ def shuffle(i: Instruction, kernel: Kernel, value: Any) -> Run:
         else:
             j = low | (bval & ~segment)
             inside = j <= high
-        j = np.where(inside, j, lane)
+        return np.where(inside, j, lane), inside
+
+    fixed = None
+    if i.operands[2].kind == i.operands[3].kind == "number":
+        fixed = sources(np.arange(WARP), int(i.operands[2].bits) & 31, int(i.operands[3].bits))
+
+    def run(m: Any) -> None:
+        check_members(m, members(m))
+        x = np.broadcast_to(source(m), m.size)
+        if fixed is not None and m.whole_warps:
+            j, inside = fixed
+            m.put(dst, x.reshape(-1, WARP)[:, j].reshape(-1))
+            if flag:
+                m.put(flag, np.tile(inside, m.size // WARP))
+            return
+        lane = m.lane.astype(np.int64)
+        bval = np.broadcast_to(b(m), m.size).astype(np.int64) & 31
+        j, inside = sources(lane, bval, np.broadcast_to(c(m), m.size).astype(np.int64))
         base = np.arange(m.size) - lane
         if not m.mask[(base + j)[m.lanes]].all():
             raise m.fault("divergent warp", "a shuffle reads from a lane that is not here")
-        x = np.broadcast_to(source(m), m.size)
         m.put(dst, x[base + j])
         if flag:
             m.put(flag, inside)
@@ -74,8 +91,7 @@ def shuffle(i: Instruction, kernel: Kernel, value: Any) -> Run:
 
 
 def _warps(m: Any, flags: np.ndarray) -> np.ndarray:
-    bits = (flags & m.mask).reshape(-1, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)
-    return np.repeat(bits.sum(axis=1).astype(np.uint32), WARP)
+    return np.repeat(_bits(flags & m.mask), WARP)
 
 
 def vote(i: Instruction, kernel: Kernel, value: Any) -> Run:
@@ -86,7 +102,7 @@ def vote(i: Instruction, kernel: Kernel, value: Any) -> Run:
         named = members(m)
         check_members(m, named)
         yes = _warps(m, np.broadcast_to(p(m), m.size)) & named
-        here = np.repeat(_row_mask(m), WARP) & named
+        here = np.repeat(_bits(m.mask), WARP) & named
         result = {
             "ballot": lambda: yes,
             "any": lambda: yes != 0,
@@ -142,7 +158,7 @@ def redux(i: Instruction, kernel: Kernel, value: Any) -> Run:
 
 def active(i: Instruction, kernel: Kernel, value: Any) -> Run:
     dst = i.operands[0].name
-    return lambda m: m.put(dst, np.repeat(_row_mask(m), WARP))
+    return lambda m: m.put(dst, np.repeat(_bits(m.mask), WARP))
 
 
 # ---- matrices --------------------------------------------------------------------------------
