@@ -146,9 +146,11 @@ LAUNCHES = {
 def _route_scratch(backend: str, score: Tensor) -> int:
     """Sums of every program's tokens, written and read again; and totals, read for the losses."""
     T, E = score.shape
-    rows = 16 if backend == "cuda" else max(1, 1024 // _power_of_two(E))
+    rows = max(1, 1024 // _power_of_two(E))
+    if backend == "cuda":  # a load in 16 bits
+        rows = 16 if E > 128 or T < 4096 else 32 if T < 8192 else 64
     programs = -(-T // (rows * max(-(-16 // rows), -(-T // (512 * rows)))))
-    return int(2 * programs * (8 * E + 12) + 12 * E)
+    return int(2 * programs * ((6 if backend == "cuda" else 8) * E + 12) + 12 * E)
 
 
 def _route_backward_scratch(backend: str, score: Tensor) -> int:

@@ -12,10 +12,17 @@ struct RouteDeviceCall {
   RouteDeviceParams params;
 };
 
-// Tokens of a block: whole tiles of the Triton kernel, and few enough blocks to add up quickly.
-inline int64_t route_device_tokens(int64_t T) {
-  constexpr int64_t kTokens = 16, kBlocks = 512;
-  return kTokens * std::max<int64_t>(1, (T + kTokens * kBlocks - 1) / (kTokens * kBlocks));
+// Tokens of a block, a multiple of `group`: few enough blocks to add up quickly.
+inline int64_t route_device_tokens(int64_t T, int64_t group = 16) {
+  constexpr int64_t kBlocks = 512;
+  return group * std::max<int64_t>(1, (T + group * kBlocks - 1) / (group * kBlocks));
+}
+
+// Tokens that route sums at once: the more, the fewer sums to write and read again, as long as
+// there is a block for about every multiprocessor.
+inline int64_t route_group(int64_t T, int64_t E) {
+  if (E > 128 || T < 4096) return 16;
+  return T < 8192 ? 32 : 64;
 }
 
 inline int64_t bits_of(int64_t x) {
@@ -53,7 +60,8 @@ inline RouteDeviceCall prepare_route_device(const Tensor& score_TE, int64_t top_
   call.source = route_device_source("route", score_TE, top_k, given, o);
   const Tensor& score = call.source.score;
   const RouteInput& in = call.source.in;
-  const int64_t T = in.T, E = in.E, tokens = route_device_tokens(T);
+  const int64_t T = in.T, E = in.E;
+  const int64_t tokens = std::min(route_device_tokens(T, route_group(T, E)), kRouteMostTokens);
   const int64_t blocks = (T + tokens - 1) / tokens;
   const bool takes = in.policy == RoutePolicy::kExpertChoice, drops = !takes && in.capacity > 0;
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
@@ -89,7 +97,7 @@ inline RouteDeviceCall prepare_route_device(const Tensor& score_TE, int64_t top_
       .first = more_floats(drops && in.priority, {T}),
       .part_importance = more_floats(true, {blocks, E}),
       .win = more_floats(in.noise_std > 0, {blocks, E}),
-      .part_count = static_cast<int32_t*>(scratch(true, {blocks, E}, ScalarType::Int)),
+      .part_count = static_cast<int16_t*>(scratch(true, {blocks, E}, ScalarType::Short)),
       .part_sums = more_floats(true, {blocks, 3}),
       .tokens = tokens,
       .rank_bits = takes ? 32 : bits_of(top_k) + (in.priority ? 32 : 0),

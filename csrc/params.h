@@ -104,6 +104,7 @@ struct RouteParams {
 // route on a GPU. Blocks of `tokens` tokens sum on their own; every array of `blocks` is theirs.
 constexpr int64_t kRouteDeviceExperts = 1024;  // rows of a token fit in shared memory
 constexpr int64_t kRouteBands = 16;
+constexpr int64_t kRouteMostTokens = 8192;  // of a block: twice as many fit in 16 bits
 
 enum class RoutePass : int32_t { kAll, kCount, kChoose };  // kCount, kChoose: of expert_choice
 
@@ -120,7 +121,7 @@ struct RouteDeviceParams {
   float* first;       // [T] log p of the first slot: capacity by priority
   float* part_importance;  // [blocks, E]
   float* win;              // [blocks, E], or nullptr: noise_std = 0
-  int32_t* part_count;     // [blocks, E] twice the slots, plus 1 if available to a token
+  int16_t* part_count;     // [blocks, E] twice the slots, plus 1 if available to a token
   float* part_sums;        // [blocks, 3] tokens, z, entropy
   int64_t tokens;
   int64_t rank_bits;  // of the largest rank of a token with an expert

@@ -14,26 +14,29 @@ struct Told {
   int64_t t;  // -1: no token
 };
 
-// blockDim.y warps, a token each; then every thread adds up its own columns of these tokens.
+// blockDim.y warps, a token each; then the threads add up columns of these tokens: one takes a
+// column of every kPart-th token.
 template <int kWarps, int kE>
 __global__ void __launch_bounds__(kWarps* kWarp, kThreadsPerMultiprocessor / (kWarps * kWarp))
     route_kernel(const RouteDeviceParams p) {
-  constexpr int kThreads = kWarps * kWarp;
+  constexpr int kThreads = kWarps * kWarp, kPart = kThreads > kE ? kThreads / kE : 1;
   GOSE_SHARED(float, logit, kWarps* kE);
   GOSE_SHARED(float, key, kWarps* kE);
   GOSE_SHARED(float, power, kWarps* kE);
   GOSE_SHARED(float, slot, kWarps* kE);
   GOSE_SHARED(int, expert, kWarps* kE);
-  GOSE_SHARED(float, importance, kE);
-  GOSE_SHARED(float, win, kE);
-  GOSE_SHARED(int, number, kE);  // twice the slots, plus 1 if available
+  GOSE_SHARED(float, importance, kPart* kE);
+  GOSE_SHARED(float, win, kPart* kE);
+  GOSE_SHARED(int, number, kPart* kE);  // twice the slots, plus 1 if available
   GOSE_SHARED(Told, told, kWarps);
   const RouteInput& in = p.in;
   const int row = threadIdx.y * kE, thread = threadIdx.y * kWarp + threadIdx.x;
   const TokenRows rows = {logit + row, key + row, power + row};
   const Slots slots = {slot + row, expert + row};
   const bool count = p.pass != RoutePass::kChoose, choosing = p.pass != RoutePass::kCount;
-  for (int e = thread; e < in.E; e += kThreads) importance[e] = win[e] = 0.0f, number[e] = 0;
+  for (int at = thread; at < kPart * kE; at += kThreads) {
+    importance[at] = win[at] = 0.0f, number[at] = 0;
+  }
   float tokens = 0.0f, z_sum = 0.0f, entropy_sum = 0.0f;
   const int64_t begin = blockIdx.x * p.tokens, stop = min(in.T, begin + p.tokens);
   for (int64_t first = begin; first < stop; first += kWarps) {
@@ -92,17 +95,19 @@ __global__ void __launch_bounds__(kWarps* kWarp, kThreadsPerMultiprocessor / (kW
     __syncthreads();
     if (thread < kWarps && told[thread].t >= 0) p.entropy[told[thread].t] = told[thread].entropy;
 #pragma unroll 1
-    for (int e = thread; e < in.E; e += kThreads) {
+    for (int at = thread; at < kPart * kE; at += kThreads) {
+      const int e = at % kE;
+      if (e >= in.E) continue;
 #pragma unroll 1
-      for (int w = 0; w < kWarps; ++w) {
+      for (int w = at / kE; w < kWarps; w += kPart) {
         const Told& token = told[w];
         if (token.t < 0) break;
         const float a = logit[w * kE + e], chosen = key[w * kE + e];
-        importance[e] += power[w * kE + e] * token.inverse_total;
-        if (is_taken(chosen)) number[e] += 2;
-        if (a != -INFINITY) number[e] |= 1;
+        importance[at] += power[w * kE + e] * token.inverse_total;
+        if (is_taken(chosen)) number[at] += 2;
+        if (a != -INFINITY) number[at] |= 1;
         if (p.win != nullptr) {
-          win[e] += normal_below(margin_of(a, token.threshold, in.noise_std));
+          win[at] += normal_below(margin_of(a, token.threshold, in.noise_std));
         }
         if (p.level != nullptr) {
           p.level[e * in.T + token.t] = is_taken(chosen) ? int16_t(slot_of(chosen)) : int16_t(0);
@@ -117,10 +122,16 @@ __global__ void __launch_bounds__(kWarps* kWarp, kThreadsPerMultiprocessor / (kW
   }
   if (!count) return;
   for (int e = thread; e < in.E; e += kThreads) {
+    float sum = importance[e], wins = win[e];
+    int slots_of_e = number[e];  // its lowest bit is a flag
+    for (int part = e + kE; part < kPart * kE; part += kE) {
+      sum += importance[part], wins += win[part];
+      slots_of_e = ((slots_of_e | number[part]) & 1) + (slots_of_e & ~1) + (number[part] & ~1);
+    }
     const int64_t at = blockIdx.x * in.E + e;
-    p.part_importance[at] = importance[e];
-    p.part_count[at] = number[e];
-    if (p.win != nullptr) p.win[at] = win[e];
+    p.part_importance[at] = sum;
+    p.part_count[at] = int16_t(slots_of_e);
+    if (p.win != nullptr) p.win[at] = wins;
   }
   GOSE_SHARED(float, sums, kWarps * 3);
   if (threadIdx.x == 0) {
@@ -225,10 +236,12 @@ __global__ void __launch_bounds__(kWarp* kFinishRows)
     const int64_t e = first + threadIdx.x;
     importance[at] = win[at] = 0;
     slots[at] = live[at] = 0;
+#pragma unroll 1
     for (int64_t b = threadIdx.y; b < blocks && e < E; b += kFinishRows) {
+      const int count = p.part_count[b * E + e];
       importance[at] += double(p.part_importance[b * E + e]);
-      slots[at] += p.part_count[b * E + e] / 2;
-      live[at] |= p.part_count[b * E + e] & 1;
+      slots[at] += count / 2;
+      live[at] |= count & 1;
       if (p.win != nullptr) win[at] += double(p.win[b * E + e]);
     }
     __syncthreads();
@@ -243,7 +256,7 @@ __global__ void __launch_bounds__(kWarp* kFinishRows)
       const int load = took ? p.load[e] : slots[at];
       p.importance[e] = float(importance[at]);
       p.load[e] = load;
-      if (blocks > 0) p.part_count[e] = live[at];
+      if (blocks > 0) p.part_count[e] = int16_t(live[at]);
       if (blocks > 0 && p.win != nullptr) p.win[e] = float(win[at]);
       shared_sum += double(load) * importance[at];
       assigned += load;
@@ -287,7 +300,12 @@ cudaError_t launch_tokens(const RouteDeviceParams& p, cudaStream_t stream) {
 
 cudaError_t tokens_pass(RouteDeviceParams p, RoutePass pass, cudaStream_t stream) {
   p.pass = pass;
-  if (p.in.E <= 64) return launch_tokens<4, 64>(p, stream);
+  // As many warps as make blocks of 16, 32 and 64 tokens equally quick.
+  if (p.in.E <= 64 && p.tokens < 32) return launch_tokens<4, 64>(p, stream);
+  if (p.in.E <= 64 && p.tokens < 64) return launch_tokens<8, 64>(p, stream);
+  if (p.in.E <= 64) return launch_tokens<16, 64>(p, stream);
+  if (p.in.E <= 128 && p.tokens >= 64) return launch_tokens<16, 128>(p, stream);
+  if (p.in.E <= 128 && p.tokens >= 32) return launch_tokens<8, 128>(p, stream);
   if (p.in.E <= 512) return launch_tokens<4, 512>(p, stream);
   return launch_tokens<1, kRouteDeviceExperts>(p, stream);
 }

@@ -144,7 +144,8 @@ def _route_input(
 def route(call: Call, *args: Any) -> Outputs:
     (score, K, *others), options = split(args)
     call_, given, tensors = _route_input(score, K, *(others or [None] * 4), options)
-    (T, E), tokens = score.shape, 16
+    T, E = score.shape
+    tokens = 16 if E > 128 or T < 4096 else 32 if T < 8192 else 64
     blocks, takes = -(-T // tokens), call_.policy == "expert_choice"
     f32, i32 = torch.float32, torch.int32
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -155,7 +156,7 @@ def route(call: Call, *args: Any) -> Outputs:
         "importance": ((E,), f32),
         "loss": ((5,), f32),
         "part_importance": ((blocks, E), f32),
-        "part_count": ((blocks, E), i32),
+        "part_count": ((blocks, E), torch.int16),
         "part_sums": ((blocks, 3), f32),
     }
     if takes:
