@@ -48,6 +48,39 @@ def test_needed_libraries() -> None:
     assert all(re.fullmatch(allowed, name) for name in needed), needed
 
 
+# The newest symbols that a policy allows, and the libraries that it expects on every machine.
+# https://github.com/pypa/auditwheel/blob/main/src/auditwheel/policy/manylinux-policy.json
+_MANYLINUX_2_34 = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13), "GCC": (7,)}
+_ON_EVERY_MACHINE = {"libgcc_s", "libstdc++", "libm", "libdl", "librt", "libc", "libpthread"}
+
+
+def _newest(text: str) -> dict[str, tuple[int, ...]]:
+    """The highest version of every kind in what readelf says of the versions that are needed."""
+    needs = text.partition(".gnu.version_r")[2]
+    newest: dict[str, tuple[int, ...]] = {}
+    for kind, version in re.findall(r"Name: ([A-Z]+)_([\d.]+)", needs):
+        found = tuple(int(part) for part in version.split("."))
+        newest[kind] = max(newest.get(kind, ()), found)
+    return newest
+
+
+def test_library_needs_no_newer_linux_than_manylinux_2_34() -> None:
+    """What binds the library to machines like the one that built it; torch comes with itself."""
+    newest = _newest(_run("readelf", "-W", "-V", str(LIBRARY)))
+    assert newest["GLIBC"] >= (2, 2)
+    assert newest.keys() <= _MANYLINUX_2_34.keys()
+    assert all(version <= _MANYLINUX_2_34[kind] for kind, version in newest.items()), newest
+    needed = re.findall(r"\(NEEDED\).*\[(.*?)\.so", _run("readelf", "-d", str(LIBRARY)))
+    own = {name for name in needed if not name.startswith(("libtorch", "libc10", "ld-linux"))}
+    assert own <= _ON_EVERY_MACHINE
+
+
+def test_the_newest_symbol_is_found() -> None:
+    text = "Version symbols .gnu.version\n 000: Name: GLIBC_9.9\n.gnu.version_r\n"
+    text += "0x1: Name: GLIBC_2.4  Flags\n0x2: Name: GLIBC_2.35\n0x3: Name: GLIBCXX_3.4.9\n"
+    assert _newest(text) == {"GLIBC": (2, 35), "GLIBCXX": (3, 4, 9)}
+
+
 def _instructions() -> Iterator[tuple[str, str, str]]:
     """(symbol, mnemonic, operands) of every instruction in .text."""
     symbol = ""
