@@ -22,7 +22,9 @@ from gose_kernels.triton.dispatch import dispatch
 from gose_kernels.triton.tiles import (
     GROUP,
     Tile,
+    ahead,
     for_operands,
+    piece_of,
     place,
     precision,
     product,
@@ -143,26 +145,30 @@ def _two_products(
     PRECISION: tl.constexpr,
 ):
     """x @ gate and x @ up with one pass over x."""
-    d = tl.arange(0, DEPTH)
+    PIECE: tl.constexpr = piece_of(ROWS, x_at.dtype.element_ty.primitive_bitwidth, DEPTH)
+    d = tl.arange(0, PIECE)
     x_at = x_at[:, None] + (d * stride_xd)[None, :]
     gate_at = gate_at[None, :] + (d * stride_wd)[:, None]
     up_at = up_at[None, :] + (d * stride_wd)[:, None]
     gate = tl.zeros([ROWS, COLUMNS], tl.float32)
     up = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, D, DEPTH):
-        x = tl.load(x_at) if WHOLE_D else tl.load(x_at, mask=(d < D - start)[None, :], other=0.0)
-        if WHOLE_D and WHOLE_F:
-            w_gate = tl.load(gate_at)
-            w_up = tl.load(up_at)
-        else:
-            inside = (d < D - start)[:, None] & valid[None, :]
-            w_gate = tl.load(gate_at, mask=inside, other=0.0)
-            w_up = tl.load(up_at, mask=inside, other=0.0)
-        gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
-        up = tl.dot(x, w_up, up, input_precision=PRECISION)
-        x_at += DEPTH * stride_xd
-        gate_at += DEPTH * stride_wd
-        up_at += DEPTH * stride_wd
+        x_here = ahead(x_at, start, stride_xd)
+        gate_here = ahead(gate_at, start, stride_wd)
+        up_here = ahead(up_at, start, stride_wd)
+        for piece in tl.static_range(0, DEPTH, PIECE):
+            depth = d < D - start - piece
+            x_piece = x_here + piece * stride_xd
+            x = tl.load(x_piece) if WHOLE_D else tl.load(x_piece, mask=depth[None, :], other=0.0)
+            if WHOLE_D and WHOLE_F:
+                w_gate = tl.load(gate_here + piece * stride_wd)
+                w_up = tl.load(up_here + piece * stride_wd)
+            else:
+                inside = depth[:, None] & valid[None, :]
+                w_gate = tl.load(gate_here + piece * stride_wd, mask=inside, other=0.0)
+                w_up = tl.load(up_here + piece * stride_wd, mask=inside, other=0.0)
+            gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+            up = tl.dot(x, w_up, up, input_precision=PRECISION)
     return gate, up
 
 
@@ -173,18 +179,23 @@ def tile_of(call: MlpCall, num_experts: int) -> Tile:
     return row_tile(T * K, num_experts, most, call.x_TD.dtype)
 
 
+def up_tile(call: MlpCall, tile: Tile) -> Tile:
+    """The first GEMM's: with a gate, two products share the columns of a tile."""
+    tile = for_operands(tile, call.x_TD, call.w_up_EHD.mT if call.transposed else call.w_up_EHD)
+    return tile._replace(columns=tile.columns // 2) if call.act.gated else tile
+
+
 def _up(
     call: MlpCall, token_N: Tensor, map_3M: Tensor, tile: Tile, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """a_NF and, if kept, pre_NH."""
     w_EHD = call.w_up_EHD.mT if call.transposed else call.w_up_EHD
     (E, H, D), F, N = w_EHD.shape, call.down_EFD.shape[1], token_N.numel()
-    tile = for_operands(tile, call.x_TD, w_EHD)
-    columns = tile.columns // 2 if call.act.gated else tile.columns
+    tile = up_tile(call, tile)
     a_NF = call.x_TD.new_empty(N, F)
     pre_NH = call.x_TD.new_empty(N, H) if keep else None
     num_tiles = map_3M.shape[1]
-    grid = (num_tiles * triton.cdiv(F, columns),)
+    grid = (num_tiles * triton.cdiv(F, tile.columns),)
     if grid[0]:
         _up_kernel[grid](
             call.x_TD,
@@ -204,10 +215,10 @@ def _up(
             BIAS=call.bias_up_EH is not None,
             KEEP=keep,
             WHOLE_D=D % tile.depth == 0,
-            WHOLE_F=F % columns == 0,
+            WHOLE_F=F % tile.columns == 0,
             PRECISION=precision(call.x_TD.dtype),
             ROWS=tile.rows,
-            COLUMNS=columns,
+            COLUMNS=tile.columns,
             DEPTH=tile.depth,
             GROUP=GROUP,
             **tile.options,

@@ -264,6 +264,16 @@ def _row_weight(weight_TK: Tensor, row_TK: Tensor) -> Tensor:
     return weight_N
 
 
+def hidden_tile(call: MlpCall, grad_TD: Tensor, tile: Tile) -> Tile:
+    """That of the gradient of `a`. The epilogue holds several tiles at once; pairs are taken apart
+    in registers, and sizes that 16 does not divide are accessed by the element: an address each."""
+    w_EDF = call.w_down_EDF.mT if call.transposed else call.w_down_EDF
+    _, D, F = w_EDF.shape
+    narrow = call.interleaved or D % 16 > 0 or F % 16 > 0
+    columns = tile.columns // (4 if narrow else 2)
+    return for_operands(tile, grad_TD, w_EDF)._replace(columns=columns)
+
+
 def _hidden_grad(
     call: MlpCall,
     back: BackwardCall,
@@ -275,17 +285,13 @@ def _hidden_grad(
     """grad_pre_NH, hidden_NF = weight * a, and shares of the gate's gradient; [0] if not needed."""
     w_EDF = call.w_down_EDF.mT if call.transposed else call.w_down_EDF
     (E, D, F), N, empty = w_EDF.shape, token_N.numel(), call.x_TD.new_empty
-    # The epilogue holds several tiles at once; pairs are taken apart in registers, and sizes that
-    # 16 does not divide are accessed by the element: an address each.
-    narrow = call.interleaved or D % 16 > 0 or F % 16 > 0
-    columns = tile.columns // (4 if narrow else 2)
-    tile = for_operands(tile, back.grad_TD, w_EDF)
+    tile = hidden_tile(call, back.grad_TD, tile)
     grad_pre_NH = empty(back.pre_NH.shape if back.need_pre else 0)
     hidden_NF = empty(N, F) if back.need_down else empty(0)
-    shares = (triton.cdiv(F, columns), N) if back.need_weight else (0, N)
+    shares = (triton.cdiv(F, tile.columns), N) if back.need_weight else (0, N)
     share = empty(shares, dtype=torch.float32)
     num_tiles = map_3M.shape[1]
-    grid = (num_tiles * triton.cdiv(F, columns),)
+    grid = (num_tiles * triton.cdiv(F, tile.columns),)
     wanted = back.need_pre or back.need_weight
     if grid[0] and (wanted or back.need_down):
         _hidden_grad_kernel[grid](
@@ -310,10 +316,10 @@ def _hidden_grad(
             HIDDEN=back.need_down,
             SHARE=back.need_weight,
             WHOLE_D=D % tile.depth == 0,
-            WHOLE_F=F % columns == 0,
+            WHOLE_F=F % tile.columns == 0,
             PRECISION=precision(call.x_TD.dtype),
             ROWS=tile.rows,
-            COLUMNS=columns,
+            COLUMNS=tile.columns,
             DEPTH=tile.depth,
             GROUP=GROUP,
             **tile.options,

@@ -139,11 +139,16 @@ def _tile_map_kernel(
     tl.store(map_ptr + 2 * num_tiles + tile, tl.minimum(row + ROWS, last), mask=here)
 
 
+def most_tiles(num_rows: int, num_experts: int, rows: int) -> int:
+    """As many tiles of `rows` rows as any sizes of the groups need at most."""
+    groups = min(num_experts + 1, num_rows)
+    return groups + (num_rows - groups) // rows
+
+
 def tile_map(offset_E1: Tensor, num_rows: int, rows: int) -> Tensor:
     """map [3, tiles] int32 for tiles of `rows` rows; as many tiles as any offsets need at most."""
     num_experts = offset_E1.numel() - 1
-    groups = min(num_experts + 1, num_rows)
-    num_tiles = groups + (num_rows - groups) // rows
+    num_tiles = most_tiles(num_rows, num_experts, rows)
     map_3M = offset_E1.new_empty(3, num_tiles)
     with torch.cuda.device_of(offset_E1):
         _tile_map_kernel[(triton.cdiv(num_tiles, _MAP_TILES),)](
@@ -183,6 +188,23 @@ def rows_of(map_ptr, num_tiles, tile, ROWS: tl.constexpr):
     return expert, first.to(tl.int64), tl.minimum(r, count - 1), r < count
 
 
+@triton.constexpr_function
+def piece_of(rows, bits, depth):
+    """Elements of a step that one product takes: 64 bytes of a row, 128 where rows are few. All
+    pieces of a row share its address, and of several products in a step Triton carries no
+    fragments to the next one, which would cost a move of every register."""
+    return min(depth // 2, (1024 if rows == 16 else 512) // bits)
+
+
+@triton.jit
+def ahead(at, start, stride):
+    """Pointers `start` elements on. What lies side by side takes one instruction an address; with
+    other strides it may pass 2**31 elements."""
+    if isinstance(stride, int):  # a stride of 1 is a constant
+        return at + start * stride
+    return at + tl.cast(start, tl.int64) * stride
+
+
 @triton.jit
 def product(
     acc,  # [ROWS, COLUMNS]
@@ -198,16 +220,22 @@ def product(
     PRECISION: tl.constexpr,
 ):
     """acc + x @ w. WHOLE_D: DEPTH divides D; WHOLE_F: every column is valid."""
-    d = tl.arange(0, DEPTH)
+    PIECE: tl.constexpr = piece_of(acc.shape[0], x_at.dtype.element_ty.primitive_bitwidth, DEPTH)
+    d = tl.arange(0, PIECE)
     x_at = x_at[:, None] + (d * stride_xd)[None, :]
     w_at = w_at[None, :] + (d * stride_wd)[:, None]
     for start in range(0, D, DEPTH):
-        x = tl.load(x_at) if WHOLE_D else tl.load(x_at, mask=(d < D - start)[None, :], other=0.0)
-        if WHOLE_D and WHOLE_F:
-            w = tl.load(w_at)
-        else:
-            w = tl.load(w_at, mask=(d < D - start)[:, None] & valid[None, :], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        x_at += DEPTH * stride_xd
-        w_at += DEPTH * stride_wd
+        x_here = ahead(x_at, start, stride_xd)
+        w_here = ahead(w_at, start, stride_wd)
+        # Pieces of a row share its address.
+        for piece in tl.static_range(0, DEPTH, PIECE):
+            inside = d < D - start - piece
+            x_piece = x_here + piece * stride_xd
+            w_piece = w_here + piece * stride_wd
+            x = tl.load(x_piece) if WHOLE_D else tl.load(x_piece, mask=inside[None, :], other=0.0)
+            if WHOLE_D and WHOLE_F:
+                w = tl.load(w_piece)
+            else:
+                w = tl.load(w_piece, mask=inside[:, None] & valid[None, :], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
     return acc

@@ -198,6 +198,14 @@ def tile_of(dtype: torch.dtype) -> Tile:
     return _SINGLE if dtype == torch.float32 else _HALF
 
 
+def tile_for(left: Tensor, right: Tensor) -> Tile:
+    """Of what is accessed by the element fewer columns: an address each must fit the registers."""
+    tile = tile_of(left.dtype)
+    if by_element(left) or by_element(right):
+        return tile._replace(columns=tile.columns // 2)
+    return tile
+
+
 def weight_grad(
     left: Tensor,
     right: Tensor,
@@ -211,9 +219,7 @@ def weight_grad(
     """[E, A, B]: left^T @ right over the rows of every expert; the gathered side has tokens."""
     E, A, B = offset_E1.numel() - 1, left.shape[1], right.shape[1]
     out_EAB = left.new_empty(E, A, B)
-    tile = tile_of(left.dtype)
-    if by_element(left) or by_element(right):
-        tile = tile._replace(columns=tile.columns // 2)
+    tile = tile_for(left, right)
     grid = (E * triton.cdiv(A, tile.rows) * triton.cdiv(B, tile.columns),)
     frozen = frozen or Frozen()
     if grid[0]:

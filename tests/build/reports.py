@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +104,35 @@ def _readable(mangled: str) -> str:
     text = re.sub(r"^void ", "", text.strip())
     text = re.sub(r"\((int|long|bool|unsigned int)\)", "", text)
     return text[: text.rindex("(")] if "(" in text else text
+
+
+# In a main loop: products, fragments and copies with what waits for them, and the loads to nowhere
+# that ptxas puts before sm_80's first asynchronous copy. NOP fills slots of products.
+PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA")
+COPIES = ("LDSM", "LDGSTS", "UTMALDG", "LDGDEPBAR", "DEPBAR", "BAR", "LDS RZ")
+
+
+def main_loop(compiled: Any, folder: Path) -> Counter[str]:
+    """How often each opcode stands in the shortest loop that multiplies matrices, by its SASS: from
+    where its last branch leads back to up to that branch."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    found = re.findall(
+        r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", cuobjdump("-sass", cubin)
+    )
+    code = [(int(address, 16), text) for address, text in found]
+    loops = []
+    for last, text in code:
+        back = re.match(r"BRA\b.*?\b0x([0-9a-f]+)", text)
+        if back is not None and int(back[1], 16) < last:
+            body = [t for address, t in code if int(back[1], 16) <= address <= last]
+            names = (re.match(r"LDS RZ|\w+", t) for t in body)
+            loops.append(Counter(name[0] for name in names if name is not None))
+    loops = [loop for loop in loops if any(loop[p] for p in PRODUCTS)]
+    assert loops, "no loop multiplies"
+    shortest = min(loops, key=Counter.total)
+    del shortest["NOP"]
+    return shortest
 
 
 def of_triton(compiled: Any, folder: Path) -> Report:

@@ -116,11 +116,16 @@ def _mlp_tiles(dtype: torch.dtype) -> Tiles:
         yield label, (call,)
 
 
+def mlp_backward_call(call: MlpCall) -> tuple[MlpCall, BackwardCall]:
+    """All gradients, of a call as `mlp_call` makes it."""
+    pre_NH = call.x_TD.new_empty(call.expert_TK.numel(), call.up_EDH.shape[2])
+    grad_TD = torch.empty_like(call.x_TD)
+    return call, BackwardCall(pre_NH, grad_TD, need_bias_up=True, need_bias_down=True)
+
+
 def _mlp_backward_tiles(dtype: torch.dtype) -> Tiles:
     for label, call in _mlp_calls(dtype):
-        pre_NH = _meta(call.expert_TK.numel(), call.up_EDH.shape[2], dtype=dtype)
-        grad_TD = _meta(*call.x_TD.shape, dtype=dtype)
-        yield label, (call, BackwardCall(pre_NH, grad_TD, need_bias_up=True, need_bias_down=True))
+        yield label, mlp_backward_call(call)
 
 
 OPS: dict[str, OnTriton] = {

@@ -96,14 +96,20 @@ MUTANTS = [
     _GEMM("dtype truncated", old="acc.to(y_ptr", new="acc.to(tl.int32).to(y_ptr"),
     _PRODUCT(
         "mask of the sum dropped",
-        old="w = tl.load(w_at, mask=(d < D - start)[:, None] & valid[None, :], other=0.0)",
-        new="w = tl.load(w_at, mask=valid[None, :], other=0.0)",
+        old="w = tl.load(w_piece, mask=inside[:, None] & valid[None, :], other=0.0)",
+        new="w = tl.load(w_piece, mask=valid[None, :], other=0.0)",
         checks=("gemm of two steps",),
     ),
     _PRODUCT(
         "step short",
-        old="x_at += DEPTH * stride_xd",
-        new="x_at += stride_xd",
+        old="x_here = ahead(x_at, start, stride_xd)",
+        new="x_here = ahead(x_at, start // 2, stride_xd)",
+        checks=("gemm of two steps",),
+    ),
+    _PRODUCT(
+        "piece again",
+        old="x_piece = x_here + piece * stride_xd",
+        new="x_piece = x_here",
         checks=("gemm of two steps",),
     ),
     _PRODUCT(
