@@ -173,18 +173,45 @@ def explain(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16", "float64"], typer.Option()
     ] = "float32",
+    cc: Annotated[
+        int | None,
+        typer.Option(help="Compute capability, such as 90: also what a layer launches there."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="With --cc: T.")] = 4096,
+    experts: Annotated[int, typer.Option(help="With --cc: E.")] = 64,
+    top_k: Annotated[int, typer.Option(help="With --cc: K.")] = 8,
+    width: Annotated[int, typer.Option(help="With --cc: D.")] = 2048,
+    hidden: Annotated[int, typer.Option(help="With --cc: F.")] = 1024,
+    activation: Annotated[str, typer.Option(help="With --cc.")] = "swiglu",
     as_json: AsJson = False,
 ) -> None:
-    """Which backend of an op runs for a device and dtype, and why the others do not."""
+    """Which backend of an op runs for a device and dtype, and why the others do not.
+
+    With --device cuda --cc 90: which kernels, tiles and launches an expert layer takes there.
+    """
+    sizes: dict[str, Any] = dict(zip("TEKDF", (tokens, experts, top_k, width, hidden), strict=True))
     with _bad_input_exits_2():
+        if cc is not None and (op is None or device != "cuda"):
+            raise ValueError("explain: --cc wants an op and --device cuda")
         if op is not None and op not in gk.OPS:
             raise ValueError(f"explain: no op named {op!r}{_nearest(op, gk.OPS)}; ops: {_ops()}")
         names = [op] if op is not None else [n for n in gk.OPS if gk.OPS[n].example is not None]
         rows = {
             name: gk.explain(name, device=device, dtype=getattr(torch, dtype)) for name in names
         }
+        plan = None
+        if cc is not None and op is not None:
+            own = {"dtype": getattr(torch, dtype), "activation": activation, "cc": cc}
+            try:
+                plan = gk.gpu_plan(op, **sizes | own)
+            except RuntimeError as error:  # no triton
+                raise ValueError(str(error)) from None
     if as_json:
-        _print_json({name: [row._asdict() for row in found] for name, found in rows.items()})
+        document: dict[str, Any] = {n: [row._asdict() for row in r] for n, r in rows.items()}
+        if plan is not None:
+            launches = [launch._asdict() for launch in plan.launches]
+            document["plan"] = {**sizes, **plan._asdict(), "launches": launches}
+        _print_json(document)
         return
     grid = Grid("op", "backend", "", "kernel, or why not", box=None, pad_edge=False)
     for name, found in rows.items():
@@ -195,6 +222,9 @@ def explain(
     _stdout().print(grid)
     if device == "cuda" and not torch.cuda.is_available():
         typer.echo("No CUDA device is visible here: this is what tensors on one would meet.")
+    if plan is not None:
+        shape = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+        _print_plan(plan, f"{shape}, {dtype}")
 
 
 @app.command()
@@ -323,6 +353,32 @@ def _print_claims(parts: Iterable[reports.Part]) -> None:
         for name, wanted, value, verdict, *_ in table.rows:
             typer.secho(verdict[0], fg="green" if verdict[0] == "✓" else "red", nl=False)
             typer.echo(f" {name}: {value} (wanted {wanted})")
+
+
+def _print_plan(plan: gk.Plan, call: str) -> None:
+    """The GEMMs with their tiles; programs that the groups' sizes leave over end at once."""
+    major, minor = divmod(plan.cc, 10)
+    typer.echo(
+        f"\nCompute capability {major}.{minor}, {call}: chosen by closed forms, not measured."
+    )
+    typer.echo(f"CUDA C++ kernels: {plan.code}. Triton compiles its own at the first call.")
+    columns = ("phase", "kernel", "launches", "programs", "tile", "warps", "stages", "KB", "with")
+    grid = Grid(*columns, box=None, pad_edge=False)
+    for one in plan.launches:
+        programs = "" if one.programs is None else str(one.programs)
+        cells = [one.phase, one.kernel, str(one.launches), programs]
+        if one.rows:
+            kb = "" if one.shared_kb is None else f"{one.shared_kb:g}"
+            kb += "" if one.fits else " (too many)"
+            tile = f"{one.rows} x {one.columns} x {one.depth}"
+            cells += [tile, str(one.warps), str(one.stages), kb, one.instruction]
+        grid.add_row(*cells)
+    _stdout().print(grid)
+    totals = (
+        f"{sum(one.launches for one in plan.launches if one.phase == phase)} {phase}"
+        for phase in ("forward", "backward")
+    )
+    typer.echo(f"Launches: {', '.join(totals)}; torch's own (router product) come on top.")
 
 
 def _print_tables(parts: Iterable[reports.Part]) -> None:

@@ -15,6 +15,7 @@ from gose_kernels import (
     profiling,
     quantized,
 )
+from gose_kernels.gpu_plan import Plan, gpu_plan
 from gose_kernels.living import Adapter, LivingExperts, LoraExperts, read_peft, upcycle
 from gose_kernels.moe import MoE, RouteStats
 from gose_kernels.ops import accumulate as _accumulate  # noqa: F401 - registers its ops
@@ -59,6 +60,7 @@ __all__ = [
     "LoraExperts",
     "MoE",
     "Op",
+    "Plan",
     "RouteStats",
     "combine",
     "dequantize",
@@ -70,6 +72,7 @@ __all__ = [
     "expert_mlp_packed",
     "explain",
     "forget_packed",
+    "gpu_plan",
     "grouped_gemm",
     "huggingface",
     "low_rank",

@@ -26,7 +26,7 @@ LAYERS = [
     ["gose_kernels.shards"],
     ["gose_kernels.triton"],
     ["gose_kernels.ops"],
-    ["gose_kernels.optim", "gose_kernels.moe", "gose_kernels.tuning"],
+    ["gose_kernels.optim", "gose_kernels.moe", "gose_kernels.tuning", "gose_kernels.gpu_plan"],
     ["gose_kernels.huggingface"],
     ["gose_kernels.living"],
     ["gose_kernels"],

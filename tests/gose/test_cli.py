@@ -305,6 +305,30 @@ def test_explain_refuses_with_the_nearest_name(gose):
     assert gose("explain", "combine", "--dtype", "int3").exit_code == 2
 
 
+def test_explain_tells_the_tiles_of_an_architecture(gose):
+    sizes = ("--tokens", "256", "--experts", "8", "--top-k", "2", "--width", "512")
+    call = ("explain", "moe", "--device", "cuda", "--cc", "90", *sizes, "--dtype", "bfloat16")
+    document = json.loads(gose(*call, "--json").stdout)
+    wanted = gk.gpu_plan("moe", T=256, E=8, K=2, D=512, cc=90, dtype=torch.bfloat16)
+    found = document["plan"]
+    assert list(document) == ["moe", "plan"]
+    assert (found["T"], found["F"], found["cc"], found["code"]) == (256, 1024, 90, "sm_90a")
+    assert found["launches"] == [launch._asdict() for launch in wanted.launches]
+    text = " ".join(gose(*call).stdout.split())
+    assert "Compute capability 9.0, T = 256, E = 8, K = 2, D = 512, F = 1024, bfloat16" in text
+    up = next(launch for launch in wanted.launches if launch.kernel == "up")
+    row = f"forward up 1 {up.programs} {up.rows} x {up.columns} x {up.depth} {up.warps} {up.stages}"
+    assert f"{row} {up.shared_kb:g} wgmma" in text
+    assert "chosen by closed forms, not measured" in text
+
+
+def test_explain_refuses_an_architecture_where_nothing_is_chosen(gose):
+    refused(gose("explain", "moe", "--cc", "90"), "--cc wants an op and --device cuda")
+    wanted = "op must be one of moe, expert_mlp, grouped_gemm, got 'combine'"
+    refused(gose("explain", "combine", "--device", "cuda", "--cc", "90"), wanted)
+    refused(gose("explain", "moe", "--device", "cuda", "--cc", "75"), "cc must be one of 80, 86")
+
+
 def test_data_is_mounted(gose):
     names = {row["name"] for row in json.loads(gose("data", "list", "--json").stdout)}
     assert {"mnist-5k", "digits", "fashion-mnist"} <= names
