@@ -3,8 +3,9 @@
     python -m benchmarks gpu-gemm [--json]
 
 prints for models at T tokens what share of the tensor cores' FLOPs is useful, with balanced, random
-and skewed loads, and the activation bytes of a layer beside those of other published schemes. The
-tests assert that the PTX machine counts what `grouped_gemm` and `weight_grad` say.
+and skewed loads, and the activation bytes and launches of a layer beside those of other published
+schemes. The tests assert that the PTX machine counts what `grouped_gemm`, `weight_grad` and
+`layer_work` say.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import gpu_model
 from gose_kernels.triton import tiles
 from gose_kernels.triton.tiles import Tile
 from gose_kernels.triton.weight_grad import tile_of
@@ -110,36 +112,152 @@ def issued_share(layer: Layer, T: int, kind: str, *, backward: bool) -> float:
     return issued / (12 * N * D * F)
 
 
-# Passes over activations as (N x D, N x H, N x F, T x D) elements, read plus written; H = 2F. Rows
-# gathered from tokens count as rows. Weights are read and their gradients written alike by all.
-_OURS = {
-    "forward": [(1, 1, 1, 0), (1, 0, 1, 0), (1, 0, 0, 1)],  # up, down, combine
-    # gradient of a and its epilogue, dX, combine, dW_up, dW_down
-    "backward": [(1, 2, 1, 0), (1, 1, 0, 0), (1, 0, 0, 1), (1, 1, 0, 0), (1, 0, 1, 0)],
+def _tiles(loads: Sequence[int], layer: Layer, T: int) -> tuple[Tile, Tile, int]:
+    """The tile of the plain GEMMs and that of the gated ones, and how many tiles have rows."""
+    tile = tiles.row_tile(sum(loads), layer.E, min(T, sum(loads)), torch.bfloat16)
+    used = sum(-(-n // tile.rows) for n in loads)
+    return tile, tile._replace(columns=tile.columns // 2), used
+
+
+def layer_work(loads: Sequence[int], layer: Layer, T: int, *, backward: bool) -> Work:
+    """A gated layer in bfloat16 from chosen experts to combined output, or back to all gradients:
+    inputs and outputs of every launch, each once. What is moved for a slot or a tile, and not for
+    its rows, is left out (`plan_bytes`)."""
+    E, _, D, F = layer
+    N, H, busy = sum(loads), 2 * F, sum(n > 0 for n in loads)
+    tile, gated, _ = _tiles(loads, layer, T)
+    up = _issued(loads, F, D, gated)
+    if not backward:
+        moved = (T * D + busy * H * D + N * (H + F)) + (N * (F + D) + busy * D * F) + (N + T) * D
+        issued = 2 * up + _issued(loads, D, F, tile)
+        return Work(2 * moved, 6 * N * D * F, issued, len(LAUNCHES["gose"]["forward"]))
+    of_up, of_down = (weight_grad(loads, A, B, torch.bfloat16) for A, B in ((H, D), (D, F)))
+    moved = (T * D + busy * D * F + N * (2 * H + F)) + (N * (H + D) + busy * H * D) + (N + T) * D
+    moved += (N * H + T * D + E * H * D) + (T * D + N * F + E * D * F)
+    shares = 2 * 4 * N * -(-F // gated.columns)  # of the gate gradient, written and read
+    issued = up + _issued(loads, D, H, tile) + of_up.mma_flops + of_down.mma_flops
+    return Work(2 * moved + shares, 12 * N * D * F, issued, len(LAUNCHES["gose"]["backward"]))
+
+
+def plan_bytes(loads: Sequence[int], layer: Layer, T: int) -> int:
+    """At most so many bytes does `layer_work` leave out: the plan, the map of tiles, which each
+    GEMM reads, and what a launch reads or writes of every slot."""
+    tile, _, _ = _tiles(loads, layer, T)
+    N, E = sum(loads), layer.E
+    expert_TK = torch.empty(T, N // T, dtype=torch.int32, device="meta")
+    plan = gpu_model.work("dispatch", "triton", expert_TK, E).bytes
+    plan += gpu_model.scratch_bytes("dispatch", "triton", expert_TK, E)
+    return plan + 3 * 12 * tiles.most_tiles(N, E, tile.rows) + 3 * 4 * (E + 1) + 13 * 4 * N
+
+
+def tiled_bytes(loads: Sequence[int], layer: Layer, T: int, *, backward: bool) -> int:
+    """What the blocks of `layer_work` fetch and write at least: the rows and columns of each tile,
+    its output."""
+    E, _, D, F = layer
+    N, H = sum(loads), 2 * F
+    tile, gated, used = _tiles(loads, layer, T)
+
+    def across(columns: int, of: Tile) -> int:
+        return -(-columns // of.columns)
+
+    if not backward:
+        moved = N * D * across(F, gated) + used * H * D + N * (H + F)
+        moved += N * F * across(D, tile) + used * D * F + N * D
+        return 2 * (moved + (N + T) * D)
+    moved = N * D * across(F, gated) + used * D * F + N * (2 * H + F)
+    moved += N * H * across(D, tile) + used * H * D + N * D + (N + T) * D
+    own = tile_of(torch.bfloat16)
+    for A, B in ((H, D), (D, F)):
+        moved += N * (A * across(B, own) + B * -(-A // own.rows)) + E * A * B
+    return 2 * moved + 2 * 4 * N * across(F, gated)
+
+
+# Launches that pass over activations, as (N x D, N x H, N x F, T x D) elements, read plus written;
+# H = 2F. Rows gathered from tokens count as rows. Weights are read and their gradients written
+# alike by all. Then the launches that move none, between chosen experts and the layer's output.
+Pass = tuple[int, int, int, int]
+_FUSED: dict[str, dict[str, Pass]] = {
+    "forward": {"up": (1, 1, 1, 0), "down": (1, 0, 1, 0), "combine": (1, 0, 0, 1)},
+    "backward": {
+        "gradient of a": (1, 2, 1, 0),
+        "gradient of x": (1, 1, 0, 0),
+        "combine": (1, 0, 0, 1),
+        "w_up": (1, 1, 0, 0),
+        "w_down": (1, 0, 1, 0),
+    },
 }
-SCHEMES: dict[str, dict[str, list[tuple[int, int, int, int]]]] = {
-    "gose": _OURS,
+SCHEMES: dict[str, dict[str, dict[str, Pass]]] = {
+    "gose": _FUSED,
+    # Its epilogues are the same; Hopper and Blackwell only.
+    "sonicmoe": _FUSED,
     # Gathers in the GEMMs; the activation and the weights are passes of their own; y is kept.
     "scattermoe": {
-        "forward": [(1, 1, 0, 0), (0, 0, 5, 0), (1, 0, 1, 0), (1, 0, 0, 1)],
-        "backward": [
-            *((1, 0, 0, 1), (2, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 0), (0, 0, 10, 0)),
-            *((1, 1, 0, 0), (1, 0, 0, 1), (2, 0, 0, 0), (1, 1, 0, 0)),
-        ],
+        "forward": {
+            "up": (1, 1, 0, 0),
+            "silu": (0, 0, 2, 0),
+            "product": (0, 0, 3, 0),
+            "down": (1, 0, 1, 0),
+            "combine": (1, 0, 0, 1),
+        },
+        "backward": {
+            "gate weights": (1, 0, 0, 1),
+            "weighted group": (2, 0, 0, 0),
+            "gradient of a": (1, 0, 1, 0),
+            "w_down": (1, 0, 1, 0),
+            "product": (0, 0, 5, 0),
+            "silu": (0, 0, 3, 0),
+            "halves": (0, 0, 2, 0),
+            "gradient of x": (1, 1, 0, 0),
+            "sum over slots": (1, 0, 0, 1),
+            "group": (2, 0, 0, 0),
+            "w_up": (1, 1, 0, 0),
+        },
     },
-    # transformers' grouped_mm: gather, up, silu, product, down, weights, inverse gather, sum.
+    # transformers' grouped_mm.
     "grouped_mm": {
-        "forward": [
-            *((2, 0, 0, 0), (1, 1, 0, 0), (0, 0, 2, 0), (0, 0, 3, 0), (1, 0, 1, 0)),
-            *((2, 0, 0, 0), (2, 0, 0, 0), (1, 0, 0, 1)),
-        ],
-        # expand, inverse scatter, weights, their gradient, down's two products, product, silu,
-        # their halves joined, up's two products, scatter-add
-        "backward": [
-            *((1, 0, 0, 1), (2, 0, 0, 0), (2, 0, 0, 0), (4, 0, 0, 0), (1, 0, 1, 0), (1, 0, 1, 0)),
-            *((0, 0, 6, 0), (0, 0, 3, 0), (0, 1, 2, 0), (1, 1, 0, 0), (1, 1, 0, 0), (1, 0, 0, 1)),
-        ],
+        "forward": {
+            "gather": (2, 0, 0, 0),
+            "up": (1, 1, 0, 0),
+            "silu": (0, 0, 2, 0),
+            "product": (0, 0, 3, 0),
+            "down": (1, 0, 1, 0),
+            "weights": (2, 0, 0, 0),
+            "inverse gather": (2, 0, 0, 0),
+            "sum": (1, 0, 0, 1),
+        },
+        "backward": {
+            "expand": (1, 0, 0, 1),
+            "inverse scatter": (2, 0, 0, 0),
+            "weights": (2, 0, 0, 0),
+            "gate weights": (4, 0, 0, 0),
+            "gradient of a": (1, 0, 1, 0),
+            "w_down": (1, 0, 1, 0),
+            "product": (0, 0, 6, 0),
+            "silu": (0, 0, 3, 0),
+            "halves": (0, 1, 2, 0),
+            "gradient of x": (1, 1, 0, 0),
+            "w_up": (1, 1, 0, 0),
+            "scatter-add": (1, 0, 0, 1),
+        },
     },
+}
+_PLAN = ("count", "scan", "place", "map of tiles")
+# A sort counts as one launch, though it is several.
+_WITHOUT_ROWS: dict[str, dict[str, tuple[str, ...]]] = {
+    "gose": {
+        "forward": _PLAN,
+        "backward": (*_PLAN, "weights of rows", "gate gradient", "weights of 1"),
+    },
+    "sonicmoe": {"forward": ("count and scan", "sort", "scatter"), "backward": ()},
+    "scattermoe": {"forward": ("sort", "count", "scan"), "backward": ()},
+    "grouped_mm": {
+        "forward": ("sort", "token", "gate weights", "count", "scan", "arange", "inverse"),
+        "backward": ("gate weights",),
+    },
+}
+LAUNCHES = {
+    scheme: {phase: (*_WITHOUT_ROWS[scheme][phase], *passes) for phase, passes in phases.items()}
+    for scheme, phases in SCHEMES.items()
 }
 
 
@@ -147,7 +265,7 @@ def activation_bytes(scheme: str, phase: str, layer: Layer, T: int) -> int:
     """Bytes of bfloat16 activations that one layer's forward (for training) or backward moves."""
     N, (_, _, D, F) = T * layer.K, layer
     units = (N * D, 2 * N * F, N * F, T * D)
-    passes = SCHEMES[scheme][phase]
+    passes = SCHEMES[scheme][phase].values()
     return 2 * sum(c * u for one in passes for c, u in zip(one, units, strict=True))
 
 
@@ -166,7 +284,18 @@ def rows() -> Iterator[dict[str, Any]]:
                 for scheme in SCHEMES
                 for phase in ("forward", "backward")
             }
-            yield {"model": name, "T": T, "issued_share": shares, "activation_bytes": moved}
+            launches = {
+                f"{scheme} {phase}": len(names)
+                for scheme, phases in LAUNCHES.items()
+                for phase, names in phases.items()
+            }
+            yield {
+                "model": name,
+                "T": T,
+                "issued_share": shares,
+                "activation_bytes": moved,
+                "launches": launches,
+            }
 
 
 def main(argv: list[str]) -> int:
@@ -191,4 +320,6 @@ def main(argv: list[str]) -> int:
             for s in SCHEMES
         ]
         print(f"  {row['model']:<8} T={row['T']:<6} " + "   ".join(cells))
+    cells = [f"{s} {len(own['forward'])} / {len(own['backward'])}" for s, own in LAUNCHES.items()]
+    print("launches, forward / backward: " + "   ".join(cells))
     return 0

@@ -216,6 +216,40 @@ def rows_table(name: str) -> str:
     return _measured(name, table)
 
 
+def gpu_table() -> str:
+    """Expert layers on a GPU by closed forms, beside other published schemes."""
+    from benchmarks import gpu_gemm  # imports triton
+
+    schemes = {
+        "gose": "gose",
+        "sonicmoe": "SonicMoE",
+        "scattermoe": "ScatterMoE",
+        "grouped_mm": "grouped_mm",
+    }
+    head = ["layer, T = 16384", "phase", *schemes.values(), "MMA balanced", "MMA Zipf"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, layer in gpu_gemm.MODELS.items():
+        for phase in ("forward", "backward"):
+            cells = [
+                f"{gpu_gemm.activation_bytes(scheme, phase, layer, 16384) / 1e9:.2f} "
+                f"({len(gpu_gemm.LAUNCHES[scheme][phase])})"
+                for scheme in schemes
+            ]
+            cells += [
+                f"{gpu_gemm.issued_share(layer, 16384, kind, backward=phase == 'backward'):.2f}"
+                for kind in ("balanced", "zipf")
+            ]
+            lines.append(f"| {name} | {phase} | " + " | ".join(cells) + " |")
+    text = (
+        "GB of bfloat16 activations read and written (and launches, a sort as one), of training: "
+        "predicted from shapes, **not measured**. MMA: issued tensor-core FLOPs over useful ones. "
+        "SonicMoE's and ScatterMoE's are their published schemes, grouped_mm is transformers' "
+        "chain. `python -m benchmarks gpu-gemm`; tests want the PTX machine to count the first "
+        "column's forms."
+    )
+    return "\n".join([*lines, "", text])
+
+
 def packet_format() -> str:
     """The contract of a packet as gose.compress states it."""
     text = gose.compress.__doc__
@@ -240,6 +274,7 @@ BLOCKS = {
     "distill_loss": partial(rows_table, "distill_loss"),
     "squared_grad": partial(rows_table, "squared_grad"),
     "low_rank": partial(rows_table, "low_rank"),
+    "gpu": gpu_table,
     "packet": packet_format,
 }
 
