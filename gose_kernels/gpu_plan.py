@@ -37,7 +37,7 @@ class Launch(NamedTuple):
     warps: int = 0
     stages: int = 0
     instruction: str = ""  # of the tensor cores: mma | wgmma | tcgen05
-    shared_kb: float | None = None  # of the copies in flight; weight_grad's is not foretold
+    shared_kb: float | None = None  # of the copies in flight, where they alone decide
     fits: bool = True  # into the shared memory of a block
 
 
@@ -117,15 +117,15 @@ def _gemm(
     phase: str, kernel: str, programs: int, tile: Any, dtype: torch.dtype, cc: int, products: int
 ) -> Launch:
     """One launch; `products` matrices of weights share the rows of a tile."""
-    half = dtype != torch.float32
-    wide = half and tile.rows >= 64  # a warp group multiplies 64 rows
+    wide = tile.rows >= 64  # a warp group multiplies 64 rows
     instruction = {90: "wgmma", 100: "tcgen05", 103: "tcgen05"}.get(cc, "mma") if wide else "mma"
     # Copies in flight; where the tensor core reads shared memory itself, also what it reads.
     buffers = tile.stages if instruction != "mma" else tile.stages - 1
     step = (tile.rows + products * tile.columns) * tile.depth * dtype.itemsize
     shared = buffers * step / 1024
     fits = shared <= SHARED_KB[cc]
-    return Launch(phase, kernel, 1, programs, *tile, instruction, shared, fits)
+    told = instruction == "mma" or dtype != torch.float32
+    return Launch(*(phase, kernel, 1, programs), *tile, instruction, shared if told else None, fits)
 
 
 def _grouped_gemm(N: int, E: int, D: int, F: int, dtype: torch.dtype, cc: int) -> Iterator[Launch]:

@@ -74,7 +74,9 @@ def test_expert_mlp(T: int, activation: str, target: str) -> None:
     ]
 
 
-def test_grouped_gemm() -> None:
+@pytest.mark.matrix(keep=1)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_grouped_gemm(target: str) -> None:
     N, E, F, D = 512, 8, 256, 512
     x, w, offset, _ = (
         torch.empty(s, dtype=d, device="meta")
@@ -86,10 +88,12 @@ def test_grouped_gemm() -> None:
         )
     )
     y = x.new_empty(N, F)
-    launched = _launched("sm_80", "grouped_gemm", "grouped_gemm", x, w, offset)
-    launched += _launched("sm_80", "grouped_gemm", "grouped_gemm", y, w.mT, offset)
-    launched += _launched("sm_80", "grouped_gemm", "grouped_gemm_backward", y, x, offset)
-    plan = gk.gpu_plan("grouped_gemm", T=N, K=1, E=E, D=D, F=F, dtype=torch.float32, cc=80)
+    launched = _launched(target, "grouped_gemm", "grouped_gemm", x, w, offset)
+    launched += _launched(target, "grouped_gemm", "grouped_gemm", y, w.mT, offset)
+    launched += _launched(target, "grouped_gemm", "grouped_gemm_backward", y, x, offset)
+    plan = gk.gpu_plan(
+        "grouped_gemm", T=N, K=1, E=E, D=D, F=F, dtype=torch.float32, cc=int(target[3:])
+    )
     _check(list(plan.launches), launched)
 
 
