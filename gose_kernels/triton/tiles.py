@@ -190,10 +190,10 @@ def rows_of(map_ptr, num_tiles, tile, ROWS: tl.constexpr):
 
 @triton.constexpr_function
 def piece_of(rows, bits, depth):
-    """Elements of a step that one product takes: 64 bytes of a row, 128 where rows are few. All
+    """Elements of a step that one product takes: 64 bytes of a row, 128 of 16 rows of halves. All
     pieces of a row share its address, and of several products in a step Triton carries no
     fragments to the next one, which would cost a move of every register."""
-    return min(depth // 2, (1024 if rows == 16 else 512) // bits)
+    return min(depth // 2, (1024 if rows * bits == 256 else 512) // bits)
 
 
 @triton.jit
