@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import gpu_model
 from gose_kernels.triton import tiles
+from gose_kernels.triton.squared_grad import tile_of as squared_tile_of
 from gose_kernels.triton.tiles import Tile
 from gose_kernels.triton.weight_grad import tile_of
 
@@ -66,6 +67,21 @@ def weight_grad(loads: Sequence[int], A: int, B: int, dtype: torch.dtype) -> Wor
     steps = sum(_up(n, tile.depth) for n in loads)
     issued = 2 * steps * _up(A, tile.rows) * _up(B, tile.columns) * _PRODUCTS[dtype]
     return Work(moved, 2 * N * A * B, issued, 1)
+
+
+def squared_grad(
+    loads: Sequence[int], F: int, D: int, dtype: torch.dtype, samples: Sequence[int] | None = None
+) -> Work:
+    """Squared gradients [E, F, D] of experts with `loads` rows; `samples`: rows of every sample, in
+    place of one a row. The bias reads grad_NF again."""
+    N, E, tile = sum(loads), len(loads), squared_tile_of(dtype, samples is not None)
+    moved = N * (2 * F + D) * dtype.itemsize + 4 * E * F * (D + 1) + 8 * (E + 1)
+    if samples is not None:  # every place's row, and where every sample ends
+        moved += 8 * (N + len(samples))
+    steps = sum(_up(n, tile.depth) for n in (loads if samples is None else samples))
+    products = _PRODUCTS[torch.float32 if samples is None else dtype]
+    issued = 2 * steps * _up(F, tile.rows) * _up(D, tile.columns) * products
+    return Work(moved, 2 * N * F * D, issued, 2)
 
 
 KINDS = ("balanced", "random", "zipf")

@@ -20,8 +20,8 @@ Weights in [E, D, F] layout: swap x and grad; the bias is then not that of the l
 No gradient: the outputs are statistics. Autocast changes nothing.
 
 One token per sample is the product (grad^2)^T (x^2): one GEMM. Otherwise per-sample gradients are
-made and squared in tiles of registers on cpu, in blocks of at most 4 Mi elements on torch;
-[B, F, D] never exists.
+made and squared in tiles of registers on cpu and triton, in blocks of at most 4 Mi elements on
+torch; [B, F, D] never exists.
 Squares are not rescaled: in float32 gradients below 1e-23 square to 0.
 Source: diagonal Fisher of EWC [Kirkpatrick et al. 2017]; squared per sample, not the batch mean.
 """
@@ -34,10 +34,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 # Elements of per-sample gradients that exist at one time: 16 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 22
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(
@@ -182,7 +183,8 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
 squared_grad = register(
     "squared_grad(Tensor x_ND, Tensor grad_NF, Tensor? sample_N=None, Tensor? offset_E1=None, *, "
     "str? backend=None) -> (Tensor, Tensor)",
-    native("cpu", "squared_grad", torch.float32, torch.bfloat16, torch.float16),
+    triton("squared_grad", "squared_grad", *_KERNEL_DTYPES, check=_check),
+    native("cpu", "squared_grad", *_KERNEL_DTYPES),
     reference(squared_grad_reference),
     fake=_fake,
     setup_context=_setup_context,

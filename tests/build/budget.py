@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,21 @@ def triton(target: str, folder: Path) -> Table:
 
 
 def gemms(target: str, folder: Path) -> Table:
-    """The widest tile of every expert GEMM in bfloat16 and float32."""
+    """The widest tile of every kind of expert GEMM in bfloat16 and float32."""
     found: dict[str, Any] = {}
     for name, op in gemm_ops.OPS.items():
         for dtype in (torch.bfloat16, torch.float32):
-            launched: list[triton_host.Launched] = []
-            with triton_host.launches_go_to(target, launched.append):
-                op.triton(name)(*next(op.tiles(dtype))[1])
             short = str(dtype).removeprefix("torch.")
-            for one in launched:
-                if one.compiled.metadata.name in gemm_ops.GEMM_KERNELS:
-                    kernel = one.compiled.metadata.name.removeprefix("_")
-                    report = of_triton(one.compiled, folder)
-                    found.setdefault(f"{name} {kernel} {short}", report._asdict())
+            for kind, (label, args) in enumerate(islice(op.tiles(dtype), op.kinds)):
+                launched: list[triton_host.Launched] = []
+                with triton_host.launches_go_to(target, launched.append):
+                    op.triton(name)(*args)
+                for one in launched:
+                    if one.compiled.metadata.name in gemm_ops.GEMM_KERNELS:
+                        kernel = one.compiled.metadata.name.removeprefix("_")
+                        key = f"{name} {kernel} {short}" + (f" {label}" if kind else "")
+                        if key not in found:
+                            found[key] = of_triton(one.compiled, folder)._asdict()
     return {f"gemm {target}": found}
 
 

@@ -22,8 +22,9 @@ from gose_kernels.ops.grouped_gemm import (
     grouped_gemm_backward_reference,
     grouped_gemm_reference,
 )
+from gose_kernels.ops.squared_grad import squared_grad_reference
 from tests import cases
-from tests.checks import assert_chain_close_to_truth
+from tests.checks import assert_chain_close_to_truth, assert_close_within_ulps
 from tests.expert_mlp_oracle import double, output_grad
 
 Tiles = Iterator[tuple[str, tuple[Any, ...]]]
@@ -34,6 +35,7 @@ class OnTriton(NamedTuple):
     # Arguments of the launcher by name, the widest tile first.
     tiles: Callable[[torch.dtype], Tiles]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16)
+    kinds: int = 1  # so many of the first tiles are of kernels of their own
 
     def triton(self, name: str) -> Callable[..., Any]:
         module = importlib.import_module(f"gose_kernels.triton.{self.source}")
@@ -67,6 +69,16 @@ def _gemm_backward_tiles(dtype: torch.dtype) -> Tiles:
         N = 8 * 256
         args = (_meta(N, F, dtype=dtype), _meta(N, D, dtype=dtype), _meta(9, dtype=torch.int32))
         yield f"{F}x{D}", args
+
+
+def _squared_tiles(dtype: torch.dtype) -> Tiles:
+    """Every row a sample, then samples of several rows."""
+    for F, D in ((512, 512), (19, 37)):
+        N = 8 * 256
+        x, grad = _meta(N, D, dtype=dtype), _meta(N, F, dtype=dtype)
+        offset_E1, sample_N = _meta(9, dtype=torch.int32), _meta(N, dtype=torch.int32)
+        yield f"rows-{F}x{D}", (x, grad, None, offset_E1)
+        yield f"samples-{F}x{D}", (x, grad, sample_N, offset_E1)
 
 
 def mlp_call(
@@ -133,6 +145,7 @@ OPS: dict[str, OnTriton] = {
     "grouped_gemm_backward": OnTriton("grouped_gemm", _gemm_backward_tiles),
     "expert_mlp_train": OnTriton("expert_mlp", _mlp_tiles),
     "expert_mlp_backward": OnTriton("expert_mlp_backward", _mlp_backward_tiles),
+    "squared_grad": OnTriton("squared_grad", _squared_tiles, kinds=2),
 }
 
 # Kernels that multiply matrices; their launchers launch others besides.
@@ -141,6 +154,8 @@ GEMM_KERNELS = {
     "_weight_grad_kernel",
     "_up_kernel",
     "_hidden_grad_kernel",
+    "_squared_rows_kernel",
+    "_squared_samples_kernel",
 }
 
 # One for each number of rows of a tile: 16, 32, 64, 128; empty groups, rows of none, odd sizes.
@@ -160,6 +175,15 @@ LAYERS = [
     cases.ExpertMlpCase("gelu", T=9, D=16, F=24, kind="empty-experts", strided=True, frozen=True),
     cases.ExpertMlpCase("geglu_tanh", T=40, E=2, D=16, F=24, scale=4, options={"limit": 1.5}),
     cases.ExpertMlpCase("relu2", T=70, K=1, E=1, D=8, F=8, kind="one-expert", bias=True),
+]
+
+# Samples of any order; rows of none, strides by the element.
+SQUARES = [
+    cases.SquaredGradCase(40, 11, 7, "rows", E=4, unused=5),
+    cases.SquaredGradCase(40, 11, 7, "shuffled", E=4, kind="empty-experts", unused=5),
+    cases.SquaredGradCase(33, 132, 37, "runs", strided=True),
+    cases.SquaredGradCase(70, 72, 72, "one"),
+    cases.SquaredGradCase(70, 72, 72, "rows"),
 ]
 
 Run = Callable[..., Any]  # of a launcher and its arguments
@@ -193,6 +217,14 @@ def check_gemm_backward(run: Run, case: cases.GroupedGemmCase, dtype: torch.dtyp
     got = run(lambda *a: launcher(*a, bias=True, **options), *args)
     truth = grouped_gemm_backward_reference(*double(args), bias=True, **options)
     check(got, grouped_gemm_backward_reference(*args, bias=True, **options), truth)
+
+
+def check_squares(run: Run, case: cases.SquaredGradCase, dtype: torch.dtype) -> None:
+    args = case.build(dtype)
+    got = run(OPS["squared_grad"].triton("squared_grad"), *args)
+    same, truth = squared_grad_reference(*args), squared_grad_reference(*double(args))
+    for one, own, true in zip(got, same, truth, strict=True):
+        assert_close_within_ulps(one, own, true)
 
 
 def check_forward(run: Run, case: cases.ExpertMlpCase, dtype: torch.dtype) -> Tensor:

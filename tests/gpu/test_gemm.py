@@ -4,6 +4,7 @@ bits in every order of blocks, and counting what their closed forms say."""
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -19,10 +20,12 @@ from tests.gpu.gemm_ops import (
     GEMMS,
     LAYERS,
     OPS,
+    SQUARES,
     check_backward,
     check_forward,
     check_gemm,
     check_gemm_backward,
+    check_squares,
 )
 from tests.gpu.ops import same_bits
 
@@ -60,6 +63,13 @@ def test_grouped_gemm_backward(case: cases.GroupedGemmCase, dtype: torch.dtype) 
 def test_layer_forward_and_backward(case: cases.ExpertMlpCase, dtype: torch.dtype) -> None:
     pre_NH = check_forward(_in_any_order, case, dtype)
     check_backward(_in_any_order, case, dtype, pre_NH)
+
+
+@pytest.mark.matrix(keep=2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
+@pytest.mark.parametrize("case", SQUARES, ids=str)
+def test_squared_grad(case: cases.SquaredGradCase, dtype: torch.dtype) -> None:
+    check_squares(_in_any_order, case, dtype)
 
 
 @pytest.mark.matrix(keep=1)
@@ -104,6 +114,27 @@ def test_closed_forms_are_what_is_counted(dtype: torch.dtype, rows: int) -> None
     assert counts.bytes == work.bytes + 4 * (E + 1)
 
 
+@pytest.mark.matrix(keep=1)
+@pytest.mark.parametrize("samples", [None, [1, 39, 16, 8]], ids=["rows", "samples"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=_ids)
+def test_closed_form_of_squares_is_what_is_counted(
+    dtype: torch.dtype, samples: list[int] | None
+) -> None:
+    E, F, D, rows = 2, 64, 128, [40, 24]
+    random = torch.Generator().manual_seed(3)
+    x_ND, grad_NF = (torch.randn(64, size, generator=random).to(dtype) for size in (D, F))
+    offset_E1 = torch.tensor([0, 40, 64], dtype=torch.int32)
+    sample_N = None
+    if samples is not None:
+        sample_N = torch.arange(4).repeat_interleave(torch.tensor(samples)).int()
+    launcher = OPS["squared_grad"].triton("squared_grad")
+    _, counts = triton_host.run_on_ptx(launcher, x_ND, grad_NF, sample_N, offset_E1)
+    work = gpu_gemm.squared_grad(rows, F, D, dtype, samples)
+    assert len(rows) == E
+    assert (counts.mma_flops, counts.bytes) == (work.mma_flops, work.bytes)
+    assert counts.launches == work.launches
+
+
 def test_main_loop_is_mostly_products_and_copies() -> None:
     """Instructions that a step of the sum adds, by the difference between two widths. The rest is
     addresses: every copy and every fragment has its own. The assembler renames what PTX moves."""
@@ -138,6 +169,16 @@ def test_profilers_are_told_the_closed_forms() -> None:
     assert declared["flops16"] == work.flops
     map_bytes = gpu_gemm.map_bytes(128, 2, torch.bfloat16)
     assert work.bytes <= declared["bytes"] <= work.bytes + map_bytes
+    launcher = OPS["squared_grad"].triton("squared_grad")
+    for label, args in islice(OPS["squared_grad"].tiles(torch.bfloat16), 2):
+        declared = _declared(launcher, *args)
+        cost = gk.OPS["squared_grad"].cost_of(*args)
+        of_bias = args[1].numel()
+        of_squares = {"flops16": cost.flops, "flops32": of_bias}
+        if label.startswith("rows"):  # their squares are float32
+            of_squares = {"flops32": cost.flops + of_bias}
+        assert {k: v for k, v in declared.items() if k != "bytes"} == of_squares
+        assert declared["bytes"] >= cost.bytes
     for name in ("expert_mlp_train", "expert_mlp_backward"):
         _, launch = next(OPS[name].tiles(torch.float16))
         given = {k: v for part in launch for k, v in part._asdict().items() if k != "limit"}

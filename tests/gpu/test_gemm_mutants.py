@@ -20,10 +20,12 @@ from tests.gpu.gemm_ops import (
     GEMM_KERNELS,
     GEMMS,
     LAYERS,
+    SQUARES,
     check_backward,
     check_forward,
     check_gemm,
     check_gemm_backward,
+    check_squares,
 )
 from tests.gpu.params import ROOT
 from tests.ptx.faults import KernelError
@@ -31,6 +33,7 @@ from tests.ptx.faults import KernelError
 # In the order of their imports.
 MODULES = (
     *("activations", "tiles", "weight_grad", "grouped_gemm", "expert_mlp", "expert_mlp_backward"),
+    "squared_grad",
 )
 _ODD, _WIDE, _LONG = GEMMS[0], GEMMS[2], GEMMS[3]
 CHECKS = {
@@ -42,6 +45,9 @@ CHECKS = {
     "forward of pairs": partial(check_forward, case=LAYERS[1]),
     "backward": partial(check_backward, case=LAYERS[0]),
     "clamped backward": partial(check_backward, case=LAYERS[3]),
+    "squares of rows": partial(check_squares, case=SQUARES[0]),
+    "squares of samples": partial(check_squares, case=SQUARES[1]),
+    "squares of runs": partial(check_squares, case=SQUARES[2]),
 }
 
 
@@ -72,6 +78,14 @@ _WEIGHT = partial(
 _BIAS = partial(
     Mutant, "_bias_grad_kernel", module="weight_grad", checks=("gemm backward", "backward")
 )
+_ROWS = partial(Mutant, "_squared_rows_kernel", module="squared_grad", checks=("squares of rows",))
+_SAMPLES = partial(
+    Mutant,
+    "_squared_samples_kernel",
+    module="squared_grad",
+    checks=("squares of samples", "squares of runs"),
+)
+_SQUARED_BIAS = partial(Mutant, "_squared_bias_kernel", module="squared_grad")
 MUTANTS = [
     _MAP(
         "bound",
@@ -180,6 +194,80 @@ MUTANTS = [
     _BIAS("stride swapped", old="(row * stride_gn)", new="(row * stride_ga)"),
     _BIAS("mask dropped", old="total = tl.where(_live", new="tl.where(_live", checks=("backward",)),
     _BIAS("dtype truncated", old="total.to(out", new="total.to(tl.int32).to(out"),
+    _ROWS("bound", old="(n < last)[:, None], n.to", new="(n <= last)[:, None], n.to"),
+    _ROWS(
+        "stride swapped",
+        old="(d * stride_xd)[None, :]\n    for",
+        new="(d * stride_xn)[None, :]\n    for",
+    ),
+    _ROWS(
+        "mask dropped",
+        old="acc, mask=valid_f[:, None] & valid_d",
+        new="acc, mask=valid_f[:, None] | valid_d",
+    ),
+    _ROWS("dtype truncated", old="tl.store(out_at, acc,", new="tl.store(out_at, acc.to(tl.int32),"),
+    _ROWS("product of rows", old="tl.trans(grad * grad), x * x", new="tl.trans(grad), x"),
+    _ROWS(
+        "experts together",
+        old="(e * F + f)[:, None] * D + d[None, :]\n    tl.store(out_at, acc",
+        new="f[:, None] * D + d[None, :]\n    tl.store(out_at, acc",
+    ),
+    _SAMPLES("bound", old="n < stop\n            row", new="n <= stop\n            row"),
+    _SAMPLES(
+        "stride swapped",
+        old="(d * stride_xd)[None, :]\n    while",
+        new="(d * stride_xn)[None, :]\n    while",
+    ),
+    _SAMPLES(
+        "mask dropped",
+        old="total, mask=valid_f[:, None] & valid_d",
+        new="total, mask=valid_f[:, None] | valid_d",
+    ),
+    _SAMPLES(
+        "dtype truncated", old="tl.store(out_at, total,", new="tl.store(out_at, total.to(tl.int32),"
+    ),
+    _SAMPLES(
+        "order lost",
+        old="tl.load(row_ptr + n, mask=inside, other=0).to",
+        new="n.to",
+        checks=("squares of samples",),
+    ),
+    _SAMPLES(
+        "samples together",
+        old="stop = tl.load(stop_ptr + first)\n        acc",
+        new="stop = last\n        acc",
+    ),
+    _SAMPLES("square of the sum", old="total += acc * acc", new="total += acc"),
+    _SQUARED_BIAS(
+        "bound",
+        old="valid = f < F",
+        new="valid = f <= F",
+        checks=("squares of rows", "squares of samples"),
+    ),
+    _SQUARED_BIAS(
+        "stride swapped",
+        old="(f * stride_gf)[None, :]\n    if",
+        new="(f * stride_gn)[None, :]\n    if",
+        checks=("squares of rows", "squares of samples"),
+    ),
+    _SQUARED_BIAS(
+        "rows of the next",
+        old="(n < stop)[:, None] & valid",
+        new="(n <= stop)[:, None] & valid",
+        checks=("squares of samples", "squares of runs"),
+    ),
+    _SQUARED_BIAS(
+        "dtype truncated",
+        old="tl.store(out_ptr + e * F + f, total,",
+        new="tl.store(out_ptr + e * F + f, total.to(tl.int32),",
+        checks=("squares of rows", "squares of samples"),
+    ),
+    _SQUARED_BIAS(
+        "samples together",
+        old="stop = tl.load(stop_ptr + first)\n            acc",
+        new="stop = last\n            acc",
+        checks=("squares of samples", "squares of runs"),
+    ),
 ]
 
 
