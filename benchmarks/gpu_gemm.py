@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import gpu_model
+from gose_kernels.packing import expert_bytes
 from gose_kernels.triton import tiles
+from gose_kernels.triton.moe import tile_of as score_tile_of
 from gose_kernels.triton.squared_grad import tile_of as squared_tile_of
 from gose_kernels.triton.tiles import Tile
 from gose_kernels.triton.weight_grad import tile_of
@@ -82,6 +84,28 @@ def squared_grad(
     products = _PRODUCTS[torch.float32 if samples is None else dtype]
     issued = 2 * steps * _up(F, tile.rows) * _up(D, tile.columns) * products
     return Work(moved, 2 * N * F * D, issued, 2)
+
+
+def scores(T: int, E: int, D: int, dtype: torch.dtype, router_dtype: torch.dtype) -> Work:
+    """[T, D] @ [E, D] of a router."""
+    widen = dtype != router_dtype or dtype == torch.float32
+    tile = score_tile_of(T, widen)
+    issued = _issued([T], E, D, tile) * _PRODUCTS[torch.float32 if widen else dtype]
+    moved = T * D * dtype.itemsize + E * D * router_dtype.itemsize + 4 * T * E
+    return Work(moved, 2 * T * E * D, issued, 1)
+
+
+def packed_layer(
+    loads: Sequence[int], F: int, D: int, dtype: torch.dtype, weights: str | None
+) -> Work:
+    """A gated layer over packed weights, one expert a token: a and y are written and read."""
+    N, busy = sum(loads), sum(n > 0 for n in loads)
+    tile = tiles.row_tile(N, len(loads), N, dtype)
+    issued = _issued(loads, 2 * _up(F, 32), D, tile) + _issued(loads, _up(D, 32), F, tile)
+    read = busy * expert_bytes(width=D, hidden=F, dtype=dtype, weights=weights)
+    moved = read + N * (4 * D + 2 * F) * dtype.itemsize
+    # The plan takes three launches, the map of tiles, two GEMMs and the combine one each.
+    return Work(moved, 6 * N * F * D, issued * _PRODUCTS[dtype], 7)
 
 
 KINDS = ("balanced", "random", "zipf")

@@ -688,6 +688,42 @@ def _cpu_backward(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     )
 
 
+def bind_packed(*args: Any, **options: Any) -> tuple[MlpCall, Tensor, str | None]:
+    """A checked call as its Triton launcher takes it: expert_mlp's with weights of shapes alone,
+    and the packed ones."""
+    call = PackedCall(*args, **options)
+    if call.weights is not None:
+        check_weights("expert_mlp_packed", call.weights)
+    x_TD, packed_EB, F = call.x_TD, call.packed_EB, call.hidden
+    _want(x_TD.dim() == 2, "x_TD", "of 2 dimensions", f"shape {tuple(x_TD.shape)}")
+    _want(F >= 0, "hidden", "at least 0", F)
+    E, D, dtype = packed_EB.shape[0], x_TD.shape[1], x_TD.dtype
+    none = torch.empty(0)
+    mlp = MlpCall(
+        *(x_TD, call.weight_TK, call.expert_TK, none, none, call.bias_up_EH, call.bias_down_ED),
+        activation=call.activation,
+        interleaved=call.interleaved,
+        limit=call.limit,
+        alpha=call.alpha,
+    )
+    _check_options(mlp)
+    H, gated = (2 if mlp.act.gated else 1) * F, mlp.act.gated
+    w_up_EHD, w_down_EDF = (
+        torch.empty(shape, dtype=dtype, device="meta") for shape in ((E, H, D), (E, D, F))
+    )
+    mlp = mlp._replace(w_up_EHD=w_up_EHD, w_down_EDF=w_down_EDF)
+    check(mlp)
+    B = expert_bytes(width=D, hidden=F, dtype=dtype, gated=gated, weights=call.weights)
+    aligned = packed_EB.numel() == 0 or (packed_EB.stride(0) % 64 == 0 and packed_EB.stride(1) == 1)
+    if (packed_EB.dtype, tuple(packed_EB.shape), aligned) != (torch.uint8, (E, B), True):
+        raise ValueError(
+            f"expert_mlp_packed: packed_EB must be uint8 of shape {(E, B)} with rows a multiple of "
+            f"64 bytes apart, got {packed_EB.dtype} of shape {tuple(packed_EB.shape)}, "
+            f"strides {packed_EB.stride()}"
+        )
+    return mlp, packed_EB, call.weights
+
+
 def expert_mlp_packed_reference(*args: Any, **options: Any) -> Tensor:
     return _forward(PackedCall(*args, **options).unpacked(), keep=False)[0]
 
@@ -757,6 +793,7 @@ expert_mlp_packed = register(
     "int hidden, Tensor? bias_up_EH=None, Tensor? bias_down_ED=None, *, "
     'str activation="swiglu", bool interleaved=False, float? limit=None, float alpha=1.702, '
     "str? weights=None, str? backend=None) -> Tensor",
+    triton("expert_mlp_packed", "expert_mlp_packed", *DTYPES, bind=bind_packed),
     native("cpu", _cpu_packed, *DTYPES),
     reference(expert_mlp_packed_reference),
     fake=_packed_fake,

@@ -35,7 +35,7 @@ from gose_kernels.packing import (
     numbers_then,
     packed_matrix,
 )
-from gose_kernels.registry import OPS, Cost, native, reference, register
+from gose_kernels.registry import OPS, Cost, native, reference, register, triton
 
 _MLP_OPTIONS = ("activation", "interleaved", "transposed", "limit", "alpha")
 
@@ -115,8 +115,8 @@ def moe_reference(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     return _layer(*args, backend="torch", **options)
 
 
-def _packed(call: MoeCall, options: dict[str, Any]) -> tuple[Tensor, Tensor, list[Packed]]:
-    """A checked call as its kernel takes it: both options as numbers, packed experts and router."""
+def _checked(call: MoeCall, options: dict[str, Any]) -> tuple[expert_mlp.MlpCall, dict[str, Any]]:
+    """The call of expert_mlp, its weight_TK and expert_TK of shapes alone, and route's options."""
     _check(call, options.get("policy", "softmax"))
     of_mlp = {name: options[name] for name in _MLP_OPTIONS if name in options}
     of_route = {name: options[name] for name in options if name not in of_mlp}
@@ -131,6 +131,18 @@ def _packed(call: MoeCall, options: dict[str, Any]) -> tuple[Tensor, Tensor, lis
         **of_mlp,
     )
     expert_mlp.check(mlp)
+    return mlp, of_route
+
+
+def bind(*args: Any, **options: Any) -> tuple[MoeCall, expert_mlp.MlpCall, dict[str, Any]]:
+    """A checked call, as the Triton launcher takes it."""
+    call = MoeCall(*args)
+    return call, *_checked(call, options)
+
+
+def _packed(call: MoeCall, options: dict[str, Any]) -> tuple[Tensor, Tensor, list[Packed]]:
+    """A checked call as its kernel takes it: both options as numbers, packed experts and router."""
+    mlp, of_route = _checked(call, options)
     copies, router_ED = [expert_mlp.packed_of(mlp)], call.w_router_ED
     if router_ED is not None:
         exact = router_ED.dtype == call.x_TD.dtype  # products of halves are exact in float32
@@ -209,6 +221,7 @@ moe = register(
     'float? tau=None, int? capacity=None, str capacity_order="token", str? adaptive=None, '
     "float mass=0.9, float[] bands=[], float noise_std=0.0, str? backend=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton("moe", "moe", *DTYPES, bind=bind),
     native("cpu", _cpu, *DTYPES, again=repeats.repeating("moe", 1), learn=_learn),
     reference(moe_reference),
     fake=_layer,

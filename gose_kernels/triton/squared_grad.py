@@ -216,10 +216,10 @@ def squared_grad(
 ) -> tuple[Tensor, Tensor]:
     """square_EFD, square_bias_EF in float32; offsets are trusted."""
     (N, D), F = x_ND.shape, grad_NF.shape[1]
-    experts = () if offset_E1 is None else (offset_E1.numel() - 1,)
+    E = 1 if offset_E1 is None else offset_E1.numel() - 1
+    experts = () if offset_E1 is None else (E,)
     square_EFD = x_ND.new_empty((*experts, F, D), dtype=torch.float32)
     square_bias_EF = x_ND.new_empty((*experts, F), dtype=torch.float32)
-    E = 1 if offset_E1 is None else experts[0]
     if E == 0 or F == 0:
         return square_EFD, square_bias_EF
     offset_E1 = None if offset_E1 is None else offset_E1.contiguous()

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 import gose_kernels as gk
+from gose_kernels.ops import moe
 from gose_kernels.ops.expert_mlp import (
     BackwardCall,
     MlpCall,
     bind_backward,
+    bind_packed,
     expert_mlp_backward_reference,
+    expert_mlp_packed_reference,
+    expert_mlp_reference,
     expert_mlp_train_reference,
 )
 from gose_kernels.ops.grouped_gemm import (
@@ -23,6 +27,8 @@ from gose_kernels.ops.grouped_gemm import (
     grouped_gemm_reference,
 )
 from gose_kernels.ops.squared_grad import squared_grad_reference
+from gose_kernels.packing import expert_bytes, unpack_experts
+from gose_kernels.quantized import WEIGHTS
 from tests import cases
 from tests.checks import assert_chain_close_to_truth, assert_close_within_ulps
 from tests.expert_mlp_oracle import double, output_grad
@@ -36,10 +42,11 @@ class OnTriton(NamedTuple):
     tiles: Callable[[torch.dtype], Tiles]
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32, torch.float16)
     kinds: int = 1  # so many of the first tiles are of kernels of their own
+    launcher: str = ""  # what takes the tiles, if not the op
 
     def triton(self, name: str) -> Callable[..., Any]:
         module = importlib.import_module(f"gose_kernels.triton.{self.source}")
-        launcher: Callable[..., Any] = getattr(module, name)
+        launcher: Callable[..., Any] = getattr(module, self.launcher or name)
         return launcher
 
 
@@ -140,12 +147,44 @@ def _mlp_backward_tiles(dtype: torch.dtype) -> Tiles:
         yield label, mlp_backward_call(call)
 
 
+def _packed_tiles(dtype: torch.dtype) -> Tiles:
+    """8 experts, 2 of them for every token; every kind of weights, their widest tiles first."""
+    sizes = (("swiglu", 4096, 512, 512), ("swiglu", 256, 512, 512), ("swiglu", 64, 512, 512))
+    sizes += (("swiglu", 16, 512, 512), ("gelu", 256, 512, 512), ("swiglu_oai", 256, 512, 512))
+    sizes += (("swiglu", 4096, 37, 19), ("swiglu", 16, 37, 19))
+    for activation, T, D, F in sizes:
+        for weights in (None, *WEIGHTS):
+            gated = gk.ops.activations.ACTIVATIONS[activation].gated
+            B = expert_bytes(width=D, hidden=F, dtype=dtype, gated=gated, weights=weights)
+            args = (
+                *(_meta(T, D, dtype=dtype), _meta(T, 2, dtype=torch.float32)),
+                *(_meta(T, 2, dtype=torch.int32), _meta(8, B, dtype=torch.uint8), F),
+                *(_meta(8, F * (1 + gated), dtype=dtype), _meta(8, D, dtype=dtype)),
+            )
+            options = {"activation": activation, "weights": weights}
+            pairs = activation == "swiglu_oai"
+            kind = weights or "packed"
+            yield (
+                f"{kind}-{activation}-{T}x{F}x{D}",
+                bind_packed(*args, **options, interleaved=pairs),
+            )
+
+
+def _score_tiles(dtype: torch.dtype) -> Tiles:
+    """Many and few tokens, sizes nothing divides, a router in float32."""
+    for T, E, D in ((4096, 128, 512), (16, 128, 512), (4096, 37, 90), (16, 37, 90)):
+        router_ED = _meta(E, D, dtype=torch.float32 if T == 16 and E == 37 else dtype)
+        yield f"{T}x{E}x{D}", (_meta(T, D, dtype=dtype), router_ED)
+
+
 OPS: dict[str, OnTriton] = {
     "grouped_gemm": OnTriton("grouped_gemm", _gemm_tiles),
     "grouped_gemm_backward": OnTriton("grouped_gemm", _gemm_backward_tiles),
     "expert_mlp_train": OnTriton("expert_mlp", _mlp_tiles),
     "expert_mlp_backward": OnTriton("expert_mlp_backward", _mlp_backward_tiles),
     "squared_grad": OnTriton("squared_grad", _squared_tiles, kinds=2),
+    "expert_mlp_packed": OnTriton("expert_mlp_packed", _packed_tiles, kinds=3),
+    "moe": OnTriton("moe", _score_tiles, launcher="scores"),
 }
 
 # Kernels that multiply matrices; their launchers launch others besides.
@@ -154,6 +193,8 @@ GEMM_KERNELS = {
     "_weight_grad_kernel",
     "_up_kernel",
     "_hidden_grad_kernel",
+    "_packed_kernel",
+    "_score_kernel",
     "_squared_rows_kernel",
     "_squared_samples_kernel",
 }
@@ -175,6 +216,14 @@ LAYERS = [
     cases.ExpertMlpCase("gelu", T=9, D=16, F=24, kind="empty-experts", strided=True, frozen=True),
     cases.ExpertMlpCase("geglu_tanh", T=40, E=2, D=16, F=24, scale=4, options={"limit": 1.5}),
     cases.ExpertMlpCase("relu2", T=70, K=1, E=1, D=8, F=8, kind="one-expert", bias=True),
+]
+
+# A router, a capacity, odd sizes and few tokens.
+WHOLE_LAYERS = [
+    cases.MoeCase(bias=True, options={"renormalize": True}),
+    cases.MoeCase(T=37, E=7, D=100, F=37, options={"capacity": 9}),
+    cases.MoeCase(T=2, E=40, top_k=3, D=128, F=16, options={"policy": "sigmoid"}),
+    cases.MoeCase("logits", options={"activation": "gelu"}),
 ]
 
 # Samples of any order; rows of none, strides by the element.
@@ -235,6 +284,52 @@ def check_forward(run: Run, case: cases.ExpertMlpCase, dtype: torch.dtype) -> Te
     check(got, same, expert_mlp_train_reference(*double(args), **options))
     pre_NH: Tensor = got[1]
     return pre_NH
+
+
+def check_packed(
+    run: Run, case: cases.ExpertMlpCase, dtype: torch.dtype, weights: str | None
+) -> None:
+    """Against the weights that stand in the panels."""
+    (*routed, up, down, bias_up, bias_down, _, _), options = case.build(dtype)
+    gated = gk.ops.activations.ACTIVATIONS[case.activation].gated
+    layout = {name: options.get(name, False) for name in ("interleaved", "transposed")}
+    options.pop("transposed", None)
+    if weights is None:
+        packed_EB = gk.pack_experts(up, down, gated=gated, **layout)
+    else:
+        packed_EB = gk.quantize_experts(up, down, weights=weights, gated=gated, **layout)
+    args, options = (packed_EB, case.F, bias_up, bias_down), {**options, "weights": weights}
+    got = run(
+        OPS["expert_mlp_packed"].triton("expert_mlp_packed"),
+        *bind_packed(*routed, *args, **options),
+    )
+    sizes = {"width": case.D, "hidden": case.F, "gated": gated, "weights": weights}
+    exact = torch.float64 if weights else dtype
+    own_up, own_down = unpack_experts(packed_EB, dtype=exact, **sizes)
+    if layout["interleaved"]:  # they come with gates first
+        own_up = own_up.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    options.pop("weights")
+    layer = (*double((*routed, own_up, own_down, bias_up, bias_down)), None, None)
+    truth = expert_mlp_reference(*layer, **options)
+    same = expert_mlp_packed_reference(*routed, *args, **options, weights=weights)
+    check((got,), (same,), (truth,))
+
+
+def check_moe(run: Run, case: cases.MoeCase, dtype: torch.dtype) -> None:
+    """Routed as the reference is; then the layer of these weights."""
+    args, options = case.build(dtype)
+    launcher = importlib.import_module("gose_kernels.triton.moe").moe
+    got = run(launcher, *moe.bind(*args, **options))
+    same = moe.moe_reference(*args, **options)
+    assert torch.equal(got[2], same[2])
+    assert torch.equal(got[4], same[4])
+    for i in (1, 3, 5, 6):
+        torch.testing.assert_close(got[i], same[i])
+    x_TD, up_EHD, down_EDF = args[:3]
+    given = (x_TD, got[1], got[2], up_EHD, down_EDF, *args[6:8])
+    mlp = {name: options[name] for name in ("activation",) if name in options}
+    truth = expert_mlp_reference(*double(given), **mlp)
+    check((got[0],), (expert_mlp_reference(*given, **mlp),), (truth,))
 
 
 def check_backward(

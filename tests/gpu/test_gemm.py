@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gose_kernels as gk
 from benchmarks import gpu_gemm
-from gose_kernels.ops.expert_mlp import MlpCall
+from gose_kernels.ops.expert_mlp import MlpCall, bind_packed
 from tests import cases
 from tests.gpu import triton_host
 from tests.gpu.gemm_ops import (
@@ -21,10 +21,13 @@ from tests.gpu.gemm_ops import (
     LAYERS,
     OPS,
     SQUARES,
+    WHOLE_LAYERS,
     check_backward,
     check_forward,
     check_gemm,
     check_gemm_backward,
+    check_moe,
+    check_packed,
     check_squares,
 )
 from tests.gpu.ops import same_bits
@@ -70,6 +73,57 @@ def test_layer_forward_and_backward(case: cases.ExpertMlpCase, dtype: torch.dtyp
 @pytest.mark.parametrize("case", SQUARES, ids=str)
 def test_squared_grad(case: cases.SquaredGradCase, dtype: torch.dtype) -> None:
     check_squares(_in_any_order, case, dtype)
+
+
+@pytest.mark.matrix(keep=2)
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_packed_layer(case: cases.ExpertMlpCase, dtype: torch.dtype, weights: str | None) -> None:
+    check_packed(_in_any_order, case, dtype, weights)
+
+
+@pytest.mark.matrix(keep=2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
+@pytest.mark.parametrize("case", WHOLE_LAYERS, ids=str)
+def test_whole_layer(case: cases.MoeCase, dtype: torch.dtype) -> None:
+    check_moe(_in_any_order, case, dtype)
+
+
+@pytest.mark.matrix(keep=1)
+@pytest.mark.parametrize("router_dtype", [torch.float64, *DTYPES], ids=_ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
+def test_scores(dtype: torch.dtype, router_dtype: torch.dtype) -> None:
+    """Sums of float32, whatever the two dtypes; FLOPs and bytes are those of the closed form."""
+    random = torch.Generator().manual_seed(4)
+    x_TD = torch.randn(20, 256, generator=random).to(dtype)
+    router_ED = torch.randn(24, 256, generator=random).to(router_dtype)
+    score_TE, counts = triton_host.run_on_ptx(OPS["moe"].triton("moe"), x_TD, router_ED)
+    truth = x_TD.double() @ router_ED.double().mT
+    sizes = x_TD.double().abs() @ router_ED.double().abs().mT
+    assert ((score_TE - truth).abs() <= 1e-6 * sizes).all()
+    work = gpu_gemm.scores(20, 24, 256, dtype, router_dtype)
+    assert (counts.mma_flops, counts.bytes) == (work.mma_flops, work.bytes)
+    assert counts.launches == work.launches
+
+
+@pytest.mark.matrix(keep=1)
+@pytest.mark.parametrize("weights", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=_ids)
+def test_packed_weights_are_read_once(dtype: torch.dtype, weights: str | None) -> None:
+    """16 rows an expert: the bytes of a layer are those of its closed form, but for the plan."""
+    case = cases.ExpertMlpCase(T=32, K=1, E=2, D=128, F=128)
+    (x_TD, weight_TK, _, up, down, *_), _ = case.build(dtype)
+    expert_TK = (torch.arange(32, dtype=torch.int32) % 2).view(32, 1)
+    packed_EB = (
+        gk.quantize_experts(up, down, weights=weights) if weights else gk.pack_experts(up, down)
+    )
+    launcher = OPS["expert_mlp_packed"].triton("expert_mlp_packed")
+    args = bind_packed(x_TD, weight_TK, expert_TK, packed_EB, case.F, weights=weights)
+    _, counts = triton_host.run_on_ptx(launcher, *args)
+    work = gpu_gemm.packed_layer([16, 16], case.F, case.D, dtype, weights)
+    assert counts.mma_flops == work.mma_flops
+    assert work.bytes <= counts.bytes <= 1.02 * work.bytes
 
 
 @pytest.mark.matrix(keep=1)

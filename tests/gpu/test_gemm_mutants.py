@@ -15,16 +15,20 @@ import pytest
 import torch
 
 import gose_kernels.triton
+from tests import cases
 from tests.gpu import triton_host
 from tests.gpu.gemm_ops import (
     GEMM_KERNELS,
     GEMMS,
     LAYERS,
     SQUARES,
+    WHOLE_LAYERS,
     check_backward,
     check_forward,
     check_gemm,
     check_gemm_backward,
+    check_moe,
+    check_packed,
     check_squares,
 )
 from tests.gpu.params import ROOT
@@ -33,9 +37,10 @@ from tests.ptx.faults import KernelError
 # In the order of their imports.
 MODULES = (
     *("activations", "tiles", "weight_grad", "grouped_gemm", "expert_mlp", "expert_mlp_backward"),
-    "squared_grad",
+    *("squared_grad", "expert_mlp_packed", "moe"),
 )
 _ODD, _WIDE, _LONG = GEMMS[0], GEMMS[2], GEMMS[3]
+_STEPS = cases.ExpertMlpCase("silu", T=9, D=136, F=40)
 CHECKS = {
     "gemm": partial(check_gemm, case=_ODD),
     "gemm of two steps": partial(check_gemm, case=_WIDE),
@@ -45,6 +50,13 @@ CHECKS = {
     "forward of pairs": partial(check_forward, case=LAYERS[1]),
     "backward": partial(check_backward, case=LAYERS[0]),
     "clamped backward": partial(check_backward, case=LAYERS[3]),
+    "int8": partial(check_packed, case=LAYERS[0], weights="int8"),
+    "int4": partial(check_packed, case=LAYERS[0], weights="int4"),
+    "packed": partial(check_packed, case=LAYERS[0], weights=None),
+    "int8 of pairs": partial(check_packed, case=LAYERS[1], weights="int8"),
+    "int8 of steps": partial(check_packed, case=_STEPS, weights="int8"),
+    "int4 of steps": partial(check_packed, case=_STEPS, weights="int4"),
+    "moe": partial(check_moe, case=WHOLE_LAYERS[1]),
     "squares of rows": partial(check_squares, case=SQUARES[0]),
     "squares of samples": partial(check_squares, case=SQUARES[1]),
     "squares of runs": partial(check_squares, case=SQUARES[2]),
@@ -86,6 +98,10 @@ _SAMPLES = partial(
     checks=("squares of samples", "squares of runs"),
 )
 _SQUARED_BIAS = partial(Mutant, "_squared_bias_kernel", module="squared_grad")
+_PACKED = partial(
+    Mutant, "_packed_kernel", module="expert_mlp_packed", checks=("int8", "int4", "packed")
+)
+_SCORE = partial(Mutant, "_score_kernel", module="moe", checks=("moe",))
 MUTANTS = [
     _MAP(
         "bound",
@@ -268,6 +284,72 @@ MUTANTS = [
         new="stop = last\n            acc",
         checks=("squares of samples", "squares of runs"),
     ),
+    _PACKED("bound", old="valid = f < F", new="valid = f <= F"),
+    _PACKED("stride swapped", old="row * stride_xn, w_ptr", new="row * stride_xd, w_ptr"),
+    _PACKED("mask dropped", old="inside[:, None] & valid[None, :])", new="inside[:, None])"),
+    _PACKED("dtype truncated", old="out.to(out_ptr", new="out.to(tl.int32).to(out_ptr"),
+    _PACKED("rows of none", old="if (e < 0) | (e == E):", new="if e < 0:"),
+    _PACKED("weights of one expert", old="w_ptr + e * stride_we", new="w_ptr + e * stride_wp"),
+    _PACKED(
+        "mask of the sum dropped",
+        old="if WHOLE_D else tl.load(x_at, mask=(d < D - start)[None, :], other=0.0)",
+        new="if WHOLE_D else tl.load(x_at)",
+    ),
+    _PACKED("gates for ups", old="gate, up = tl.split", new="up, gate = tl.split"),
+    _PACKED(
+        "bias of halves", old='2 * f if FORM == "pairs" else f', new="f", checks=("int8 of pairs",)
+    ),
+    _PACKED("scales lost", old="acc *= tl.load(r_at", new="tl.load(r_at", checks=("int8", "int4")),
+    _PACKED(
+        "scales of the next panel",
+        old="(c // 32 + 1).to",
+        new="(c // 32).to",
+        checks=("int8", "int4"),
+    ),
+    _PACKED(
+        "levels swapped",
+        old="tl.where(q < 8, _LOW, _HIGH)",
+        new="tl.where(q < 8, _HIGH, _LOW)",
+        checks=("int4",),
+    ),
+    _PACKED(
+        "steps in order", old="half // 2 * 4 + half % 2 * 16", new="half * 4", checks=("int4",)
+    ),
+    _PACKED("signs lost", old=" | ((code & 128) << 24)", new="", checks=("int4",)),
+    _PACKED(
+        "pairs apart",
+        old="tl.permute(tl.reshape(w, [DEPTH // 2, COLUMNS, 2]), (0, 2, 1))",
+        new="tl.reshape(w, [DEPTH // 2, 2, COLUMNS])",
+        checks=("packed",),
+    ),
+    _PACKED("step short", old="w_at += DEPTH * 32", new="w_at += 32", checks=("int8 of steps",)),
+    _PACKED(
+        "blocks of the first step",
+        old="s_at += DEPTH // 32 * 576",
+        new="s_at += 0",
+        checks=("int4 of steps",),
+    ),
+    _SCORE("bound", old="mask=(t < T)[:, None]", new="mask=(t <= T)[:, None]"),
+    _SCORE(
+        "stride swapped",
+        old="tl.minimum(t, T - 1) * stride_xt",
+        new="tl.minimum(t, T - 1) * stride_xd",
+    ),
+    _SCORE(
+        "mask dropped",
+        old="acc, mask=(t < T)[:, None] & (e < E)[None, :])",
+        new="acc, mask=(t < T)[:, None])",
+    ),
+    _SCORE(
+        "dtype truncated", old="tl.store(score_at, acc,", new="tl.store(score_at, acc.to(tl.int32),"
+    ),
+    _SCORE("rows beyond", old="tl.minimum(t, T - 1)", new="t"),
+    _SCORE(
+        "mask of the sum dropped",
+        old="x = tl.load(x_at, mask=inside[None, :], other=0.0)",
+        new="x = tl.load(x_at)",
+    ),
+    _SCORE("step short", old="w_at += DEPTH * stride_wd", new="w_at += stride_wd"),
 ]
 
 

@@ -17,6 +17,8 @@ import gose_kernels as gk
 from gose_kernels import packing
 from gose_kernels.ops.activations import ACTIVATIONS
 from tests import cases
+from tests.checks import assert_chain_close_to_truth, backends_of
+from tests.expert_mlp_oracle import double, oracle
 
 pytestmark = pytest.mark.skipif(
     gk.native.why_not() is not None, reason=f"packing: {gk.native.why_not()}"
@@ -328,6 +330,42 @@ def test_cpu_packed_weights_give_the_same_bits(
             *(x, weight, expert, rows, case.F, bias_up, bias_down), **options, backend="cpu"
         )
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.expert_mlp, ids=str)
+@pytest.mark.parametrize("backend", backends_of("expert_mlp_packed", "triton", interpreted=8))
+def test_packed_layer_is_that_of_the_weights(
+    case: cases.ExpertMlpCase, dtype: torch.dtype, backend: str
+) -> None:
+    (x, weight, expert, up, down, bias_up, bias_down, *_), options = case.build(dtype)
+    given = (x, weight, expert, up, down, bias_up, bias_down)
+    truth = oracle(*double(given), **options)
+    same = gk.expert_mlp(*given, **options, backend="torch")
+    layout = {name: options.get(name, False) for name in ("interleaved", "transposed")}
+    options.pop("transposed", None)
+    packed_EB = gk.pack_experts(up, down, gated=ACTIVATIONS[case.activation].gated, **layout)
+    rest = (packed_EB, case.F, bias_up, bias_down)
+    got = gk.expert_mlp_packed(x, weight, expert, *rest, **options, backend=backend)
+    # Equal parts of a token are rounded alike: their errors add up.
+    assert_chain_close_to_truth(got, same, truth, gradient=case.kind == "one-expert")
+
+
+@pytest.mark.parametrize("backend", backends_of("expert_mlp_packed", "triton"))
+def test_packed_refusals(backend: str) -> None:
+    x, weight, expert, up, down = _call()
+    packed_EB = gk.pack_experts(up, down)
+    shape = rf"packed_EB must be uint8 of shape \({E}, {packed_EB.shape[1]}\) with rows"
+    apart = torch.zeros(E, packed_EB.shape[1] + 1, dtype=torch.uint8)[:, 1:]
+    for packed, hidden, message in (
+        (packed_EB[:, :-64], F, shape),
+        (packed_EB.view(torch.bfloat16), F, shape),
+        (apart, F, shape),
+        (packed_EB, F + 32, "packed_EB must be uint8 of shape"),
+        (packed_EB, -1, "hidden must be at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gk.expert_mlp_packed(x, weight, expert, packed, hidden, backend=backend)
 
 
 @pytest.mark.parametrize(

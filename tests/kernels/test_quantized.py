@@ -147,7 +147,7 @@ def test_cpu_bytes_and_bits_for_any_number_of_threads(weights: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("case", cases.expert_mlp, ids=str)
-@pytest.mark.parametrize("backend", backends_of("expert_mlp_packed"))
+@pytest.mark.parametrize("backend", backends_of("expert_mlp_packed", interpreted=12))
 def test_layer_is_that_of_the_quantized_weights(
     case: cases.ExpertMlpCase, weights: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -165,7 +165,10 @@ def test_layer_is_that_of_the_quantized_weights(
     if layout["interleaved"]:  # they come with gates first
         exact_up = exact_up.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
     exact = double((x, weight, expert, exact_up, exact_down, bias_up, bias_down))
-    assert_chain_close_to_truth(run(backend), run("torch"), oracle(*exact, **options))
+    # Equal parts of a token are rounded alike: their errors add up.
+    alike = backend == "triton" and case.kind == "one-expert"
+    truth = oracle(*exact, **options)
+    assert_chain_close_to_truth(run(backend), run("torch"), truth, gradient=alike)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
