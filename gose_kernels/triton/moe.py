@@ -21,11 +21,11 @@ from gose_kernels.triton.tiles import Tile, for_operands, precision
 
 MoeCall = Any  # of ops/moe.py, which this layer does not import
 
-# A router has few columns: small tiles, so that few tokens too have programs enough.
+# A router has few columns: small tiles of rows, so that few tokens too have programs enough.
 _FEW_TOKENS = 512
 _HALF, _SINGLE = (
-    (Tile(16, 16, 128, 4, 3), Tile(64, 64, 64, 4, 3)),
-    (Tile(16, 16, 64, 4, 3), Tile(64, 64, 32, 4, 3)),
+    (Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 3)),
+    (Tile(16, 64, 64, 4, 3), Tile(64, 64, 32, 4, 3)),
 )
 
 
