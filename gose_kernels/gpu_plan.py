@@ -125,7 +125,8 @@ def _gemm(
     shared = buffers * step / 1024
     fits = shared <= SHARED_KB[cc]
     told = instruction == "mma" or dtype != torch.float32
-    return Launch(*(phase, kernel, 1, programs), *tile, instruction, shared if told else None, fits)
+    sizes = (tile.rows, tile.columns, tile.depth, tile.warps, tile.stages)
+    return Launch(phase, kernel, 1, programs, *sizes, instruction, shared if told else None, fits)
 
 
 def _grouped_gemm(N: int, E: int, D: int, F: int, dtype: torch.dtype, cc: int) -> Iterator[Launch]:

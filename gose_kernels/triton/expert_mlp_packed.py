@@ -322,8 +322,8 @@ def expert_mlp_packed(call: MlpCall, packed_EB: Tensor, weights: str | None) -> 
     with torch.cuda.device_of(x_TD):
         row_TK, token_N, offset_E1 = dispatch(call.expert_TK, E)
         tile = tile_of(call, E)
-        if weights == "int4" and dtype == torch.float32 and tile.rows > 32:
-            tile = tile._replace(rows=32, warps=4)  # 64 spill 192 bytes for sm_100
+        if weights == "int4" and dtype == torch.float32:
+            tile = tile._replace(rows=16, warps=4)  # 32 spill 8 bytes for sm_100, 64 192
         map_3M = tile_map(offset_E1, N, tile.rows)
         a_NF, y_ND = x_TD.new_empty(N, F), x_TD.new_empty(N, D)
         if F > 0:
