@@ -378,7 +378,9 @@ def _print_plan(plan: gk.Plan, call: str) -> None:
         f"{sum(one.launches for one in plan.launches if one.phase == phase)} {phase}"
         for phase in ("forward", "backward")
     )
-    typer.echo(f"Launches: {', '.join(totals)}; torch's own (router product) come on top.")
+    typer.echo(
+        f"Launches: {', '.join(totals)}; where gradients are needed torch multiplies by the router."
+    )
 
 
 def _print_tables(parts: Iterable[reports.Part]) -> None:

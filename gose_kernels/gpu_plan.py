@@ -88,7 +88,7 @@ def gpu_plan(
     else:
         found = list(_expert_mlp(_call(T, E, K, D, F, dtype, activation), cc))
     if op == "moe":
-        found.insert(0, Launch("forward", "route", 2))
+        found[:0] = [_scores(T, E, D, dtype, cc), Launch("forward", "route", 2)]
         found.append(Launch("backward", "route_backward", 3))
     return Plan(cc, code, tuple(found))
 
@@ -127,6 +127,17 @@ def _gemm(
     told = instruction == "mma" or dtype != torch.float32
     sizes = (tile.rows, tile.columns, tile.depth, tile.warps, tile.stages)
     return Launch(phase, kernel, 1, programs, *sizes, instruction, shared if told else None, fits)
+
+
+def _scores(T: int, E: int, D: int, dtype: torch.dtype, cc: int) -> Launch:
+    """Of a router in the dtype of x."""
+    from triton import cdiv
+
+    from gose_kernels.triton import moe, tiles
+
+    x, router = _meta(T, D, dtype=dtype), _meta(E, D, dtype=dtype)
+    tile = tiles.for_operands(moe.tile_of(T, dtype == torch.float32), x, router)
+    return _gemm("forward", "score", cdiv(T, tile.rows) * cdiv(E, tile.columns), tile, dtype, cc, 1)
 
 
 def _grouped_gemm(N: int, E: int, D: int, F: int, dtype: torch.dtype, cc: int) -> Iterator[Launch]:

@@ -68,10 +68,10 @@ def test_expert_mlp(T: int, activation: str, target: str) -> None:
     for phase, launched in (("forward", forward), ("backward", backward)):
         _check([one for one in plan.launches if one.phase == phase], launched)
     moe = gk.gpu_plan("moe", **sizes, dtype=torch.bfloat16, activation=activation)
-    assert [one.kernel for one in moe.launches if one.kernel.startswith("route")] == [
-        "route",
-        "route_backward",
-    ]
+    extra = [one for one in moe.launches if one.kernel.startswith(("score", "route"))]
+    assert [one.kernel for one in extra] == ["score", "route", "route_backward"]
+    router = torch.empty(8, 512, dtype=torch.bfloat16, device="meta")
+    _check(extra[:1], _launched("sm_90", "moe", "moe", call.x_TD, router))
 
 
 @pytest.mark.matrix(keep=1)
