@@ -168,6 +168,8 @@ class Build(build_ext):
         super().finalize_options()
         if name := instrument():  # a later wheel takes all that lies in build_lib
             self.build_lib, self.build_temp = f"build/{name}/lib", f"build/{name}/temp"
+        elif self.editable_mode:  # else a temporary folder: a later wheel would compile all again
+            self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
     def build_extension(self, ext: Extension) -> None:
         torch, compiler = find_torch(), find_compiler()

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import gpu_model
 from gose_kernels.packing import expert_bytes
-from gose_kernels.triton import tiles
+from gose_kernels.triton import expert_mlp_packed, tiles
 from gose_kernels.triton.moe import tile_of as score_tile_of
 from gose_kernels.triton.squared_grad import tile_of as squared_tile_of
 from gose_kernels.triton.tiles import Tile
@@ -100,7 +100,7 @@ def packed_layer(
 ) -> Work:
     """A gated layer over packed weights, one expert a token: a and y are written and read."""
     N, busy = sum(loads), sum(n > 0 for n in loads)
-    tile = tiles.row_tile(N, len(loads), N, dtype)
+    tile = expert_mlp_packed.narrowed(tiles.row_tile(N, len(loads), N, dtype), dtype, weights)
     issued = _issued(loads, 2 * _up(F, 32), D, tile) + _issued(loads, _up(D, 32), F, tile)
     read = busy * expert_bytes(width=D, hidden=F, dtype=dtype, weights=weights)
     moved = read + N * (4 * D + 2 * F) * dtype.itemsize

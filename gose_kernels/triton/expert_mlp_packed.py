@@ -308,6 +308,13 @@ def _product(
 _LINEAR = {"limit": 0.0, "alpha": 0.0, "shift": 0.0, "PHI": "", "LIMITED": False, "FORM": "linear"}
 
 
+def narrowed(tile: Tile, dtype: torch.dtype, weights: str | None) -> Tile:
+    """The tile of a layer of `dtype` for packed weights: of int4 and float32 no more fits the
+    registers of sm_100 (32 rows spill 8 bytes, 64 192)."""
+    wide = weights == "int4" and dtype == torch.float32
+    return tile._replace(rows=16, warps=4) if wide else tile
+
+
 def expert_mlp_packed(call: MlpCall, packed_EB: Tensor, weights: str | None) -> Tensor:
     """out_TD, dtype of x. The weights of `call` have shapes alone; expert ids are trusted."""
     (E, F, D), N = call.down_EFD.shape, call.expert_TK.numel()
@@ -321,9 +328,7 @@ def expert_mlp_packed(call: MlpCall, packed_EB: Tensor, weights: str | None) -> 
     down = _matrix(packed_EB, up_bytes, _aligned(D), F, dtype, weights)
     with torch.cuda.device_of(x_TD):
         row_TK, token_N, offset_E1 = dispatch(call.expert_TK, E)
-        tile = tile_of(call, E)
-        if weights == "int4" and dtype == torch.float32:
-            tile = tile._replace(rows=16, warps=4)  # 32 spill 8 bytes for sm_100, 64 192
+        tile = narrowed(tile_of(call, E), dtype, weights)
         map_3M = tile_map(offset_E1, N, tile.rows)
         a_NF, y_ND = x_TD.new_empty(N, F), x_TD.new_empty(N, D)
         if F > 0:

@@ -33,6 +33,7 @@ def test_cuda_kernels_keep_their_budget(
         assert_within(kernels, wanted[arch])
 
 
+@pytest.mark.matrix(keep=1)
 @pytest.mark.parametrize("target", triton_host.TARGETS)
 def test_triton_kernels_keep_their_budget(
     target: str, wanted: budget.Table, tmp_path: Path

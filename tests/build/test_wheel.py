@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import os
 import shutil
 import subprocess
@@ -28,16 +29,19 @@ def _python(code: str, cwd: Path, installed: Path, **more: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built without CUDA: what is tested here is the package, and nvcc takes its time."""
+    """Built without CUDA: what is tested here is the package, and nvcc takes its time. By one
+    worker at a time: objects that stand in the checkout's build folder are not compiled again."""
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "pip", "wheel", "-q", str(ROOT)),
-            *("--no-deps", "--no-build-isolation", "-w", str(folder)),
-        ],
-        env={**os.environ, "GOSE_CUDA": "0", "GOSE_NATIVE": "1"},
-        check=True,
-    )
+    with (ROOT / "build" / "wheel.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "wheel", "-q", str(ROOT)),
+                *("--no-deps", "--no-build-isolation", "-w", str(folder)),
+            ],
+            env={**os.environ, "GOSE_CUDA": "0", "GOSE_NATIVE": "1"},
+            check=True,
+        )
     (built,) = folder.glob("*.whl")
     return built
 
