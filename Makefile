@@ -37,9 +37,9 @@ test-all: $(VENV)/.test lint
 # The best level of the machine runs everything; lower levels run the CPU kernels again. Triton's
 # interpreter is a process of its own: it must be chosen before triton is imported.
 define tests
-	TRITON_INTERPRET=1 $(PYTEST) $(1) -n 2 tests/kernels -k triton
-	GOSE_ISA=portable $(PYTEST) $(1) -n 2 tests/kernels -k cpu
-	GOSE_ISA=avx2 $(PYTEST) $(1) -n 2 tests/kernels -k cpu
+	TRITON_INTERPRET=1 $(PYTEST) $(1) -n 2 --dist worksteal tests/kernels -k triton
+	GOSE_ISA=portable $(PYTEST) $(1) -n 2 --dist worksteal tests/kernels -k cpu
+	GOSE_ISA=avx2 $(PYTEST) $(1) -n 2 --dist worksteal tests/kernels -k cpu
 	$(PYTEST) -m bench --benchmark-disable tests/bench
 	$(PYTEST) $(1) -n 2 --dist worksteal tests
 endef

@@ -40,7 +40,7 @@ def compile_all(name: str, args: tuple[Any, ...], target: str) -> list[triton_ho
     return launched
 
 
-@pytest.mark.matrix(keep=60)
+@pytest.mark.matrix(keep=40)
 @pytest.mark.parametrize("target", triton_host.TARGETS)
 @pytest.mark.parametrize(("name", "dtype", "label"), TILES)
 def test_tile_lowers(

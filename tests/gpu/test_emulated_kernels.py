@@ -18,7 +18,7 @@ from tests.gpu.ops import OPS, arguments, every_case, same_bits
 from tests.gpu.params import ROOT, poisoned
 
 
-@pytest.mark.matrix(keep=250)
+@pytest.mark.matrix(keep=130)
 @pytest.mark.parametrize(("name", "dtype", "case"), every_case())
 def test_emulated_kernel(
     name: str, dtype: torch.dtype, case: str, emulated: Mapping[str, Path]

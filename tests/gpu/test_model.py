@@ -157,7 +157,7 @@ def _count(op: str, backend: str, args: tuple[Any, ...], ptx: dict[str, Any]) ->
     return on_ptx.counts
 
 
-@pytest.mark.matrix(keep=80)
+@pytest.mark.matrix(keep=50)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize(("op", "label"), CASES)
 def test_closed_forms_are_what_is_counted(
@@ -200,7 +200,7 @@ def test_profilers_are_told_the_closed_forms(op: str) -> None:
         assert one.declared["name"] == one.compiled.metadata.name
 
 
-@pytest.mark.matrix(keep=40)
+@pytest.mark.matrix(keep=30)
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize(("op", "label"), [c for c in CASES if c not in NARROW])
 def test_targets(op: str, label: str, backend: str, ptx: Mapping[str, cuda_host.Compiled]) -> None:

@@ -27,7 +27,7 @@ def assert_no_atomics(counts: Counts) -> None:
     assert not {"atom.global", "red.global", "atom.generic", "red.generic"} & set(counts.opcodes)
 
 
-@pytest.mark.matrix(keep=150)
+@pytest.mark.matrix(keep=90)
 @pytest.mark.parametrize(("name", "dtype", "case"), every_case())
 def test_cuda_kernel(
     name: str, dtype: torch.dtype, case: str, ptx: Mapping[str, cuda_host.Compiled]
@@ -39,7 +39,7 @@ def test_cuda_kernel(
     assert_no_atomics(on_ptx.counts)
 
 
-@pytest.mark.matrix(keep=150)
+@pytest.mark.matrix(keep=90)
 @pytest.mark.parametrize(("name", "dtype", "case"), every_case())
 def test_triton_kernel(name: str, dtype: torch.dtype, case: str) -> None:
     op, args = OPS[name], arguments(name, dtype, case)

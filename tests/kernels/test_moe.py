@@ -85,7 +85,7 @@ def test_matches_reference(case: cases.MoeCase, dtype: torch.dtype, backend: str
         *(x_TD, got[1].double(), got[2], up_EHD, down_EDF, bias_up_EH, bias_down_ED), **mlp
     )
     alike = gk.expert_mlp(args[0], got[1], got[2], *args[1:3], *args[6:8], **mlp, backend="torch")
-    assert_chain_close_to_truth(got[0], alike, truth)
+    assert_chain_close_to_truth(got[0], alike, truth, rounded_parts=backend == "triton")
     for i in (1, 3, 5, 6):
         torch.testing.assert_close(got[i], same[i])
 

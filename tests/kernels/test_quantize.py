@@ -343,7 +343,7 @@ MASK_SHAPES = [None, (30, 7, 101), (30, 1, 1), (30, 7, 1), (7, 1), (101,), (1, 7
 
 
 @pytest.mark.matrix(keep=60)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_of("quantize", interpreted=8))
 @pytest.mark.parametrize("mask_shape", MASK_SHAPES, ids=str)
 @pytest.mark.parametrize(("name", "rounding"), OPTIONS)
 def test_large_tensors_equal_the_reference_for_any_threads_and_mask(

@@ -115,7 +115,7 @@ def fits(options: dict[str, Any], E: int, top_k: int) -> bool:
 @pytest.mark.matrix(keep=40)
 @pytest.mark.parametrize("options", BY_TOKEN, ids=str)
 @pytest.mark.parametrize("E", range(1, 7))
-@pytest.mark.parametrize("backend", backends_of("route", interpreted=10))
+@pytest.mark.parametrize("backend", backends_of("route", interpreted=3))
 def test_every_weak_order_of_a_row(backend, E, options, matrix_seed):
     orders = weak_orders(E)
     if backend == "triton" and len(orders) > 600:  # what an interpreter does in some seconds
@@ -130,7 +130,7 @@ def test_every_weak_order_of_a_row(backend, E, options, matrix_seed):
 @pytest.mark.matrix(keep=20)
 @pytest.mark.parametrize("options", BY_TOKEN, ids=str)
 @pytest.mark.parametrize("E", [7, 8])
-@pytest.mark.parametrize("backend", backends_of("route", interpreted=10))
+@pytest.mark.parametrize("backend", backends_of("route", interpreted=3))
 def test_drawn_weak_orders_of_a_row(backend, E, options, matrix_seed):
     draw = random.Random(f"{matrix_seed} {E}")
     for _ in range(20):
@@ -143,7 +143,7 @@ def test_drawn_weak_orders_of_a_row(backend, E, options, matrix_seed):
 @pytest.mark.matrix(keep=40)
 @pytest.mark.parametrize("options", BY_ALL, ids=str)
 @pytest.mark.parametrize("E", range(1, 9))
-@pytest.mark.parametrize("backend", backends_of("route", interpreted=10))
+@pytest.mark.parametrize("backend", backends_of("route", interpreted=3))
 def test_drawn_ties_between_tokens(backend, E, options, matrix_seed):
     # Tokens tie if their rows are equal; the scales keep p of other rows apart, as rows of the same
     # numbers in another order have p that differ by rounding alone.
