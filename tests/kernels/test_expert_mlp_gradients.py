@@ -43,7 +43,9 @@ def test_gradients_match_reference(
     same = gradients_of(gk.expert_mlp, args, {**options, "backend": "torch"}, grad_TD)
     truths = true_gradients(case, args, options, grad_TD)
     for one, own, truth in zip(got, same, truths, strict=True):
-        assert_chain_close_to_truth(one, own, truth, gradient=True)
+        assert_chain_close_to_truth(
+            one, own, truth, gradient=True, rounded_parts=backend == "triton"
+        )
         # pre rounds across a clamp's edge now and then: one element of a derivative jumps.
         if not underflows(case, dtype):
             assert (own - truth).norm() <= 4 * REFERENCE_ERROR[dtype] * truth.norm()
