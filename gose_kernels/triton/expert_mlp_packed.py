@@ -237,13 +237,19 @@ class _Matrix(NamedTuple):
     strides: tuple[int, ...]  # of w, s and r: from expert to expert, from panel to panel
 
 
+def _bytes_of_panel(K: int, dtype: torch.dtype, weights: str | None) -> int:
+    depth = _aligned(K)
+    return depth * _PANEL * dtype.itemsize if weights is None else panel_bytes(depth, weights)
+
+
 def _matrix(
     packed_EB: Tensor, at: int, columns: int, K: int, dtype: torch.dtype, weights: str | None
 ) -> _Matrix:
     """The matrix of so many columns, padded to panels, that stands from byte `at` on."""
-    depth = _aligned(K)
-    of_panel = depth * _PANEL * dtype.itemsize if weights is None else panel_bytes(depth, weights)
+    of_panel = _bytes_of_panel(K, dtype, weights)
     part_EB = packed_EB[:, at : at + columns // _PANEL * of_panel]
+    if part_EB.shape[1] == 0:  # is not read, but nothing cannot be viewed in another dtype
+        part_EB = packed_EB.new_empty(packed_EB.shape[0], _PANEL * dtype.itemsize)
     if weights is None:
         w, kind = part_EB.view(dtype), "pairs" if dtype == torch.bfloat16 else "plain"
         return _Matrix(
@@ -324,7 +330,7 @@ def expert_mlp_packed(call: MlpCall, packed_EB: Tensor, weights: str | None) -> 
     dtype = x_TD.dtype
     columns = (2 if call.act.gated else 1) * _aligned(F)
     up = _matrix(packed_EB, 0, columns, D, dtype, weights)
-    up_bytes = up.w.shape[1] * up.w.element_size()
+    up_bytes = columns // _PANEL * _bytes_of_panel(D, dtype, weights)
     down = _matrix(packed_EB, up_bytes, _aligned(D), F, dtype, weights)
     with torch.cuda.device_of(x_TD):
         row_TK, token_N, offset_E1 = dispatch(call.expert_TK, E)
