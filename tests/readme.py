@@ -41,10 +41,11 @@ def _source(result: dict[str, Any]) -> str:
     """Where a table's numbers come from."""
     machine = result["machine"]
     cells = result.get("cells", {}).values()
-    commits = sorted({str(cell["commit"]) for cell in cells}) or [result["commit"]]
+    named = sorted({str(cell["commit"]) for cell in cells if "commit" in cell})
+    commits = ", ".join(named or [result["commit"]])
     return (
         f"{machine['threads']} threads of {machine['cpu']} ({machine['cpu_level']}), torch "
-        f"{machine['torch']}, commit {', '.join(commits)}: `{result['command']}`."
+        f"{machine['torch']}, commit {commits}: `{result['command']}`."
     )
 
 
