@@ -443,10 +443,10 @@ class Op:
     def __call__(self, *args: Any, **options: Any) -> Any:
         if is_dynamo_compiling():
             return self.overload(*args, **options)
-        if self._again is not None and (output := self._again(args, options)) is not None:
-            return output
         if options and options.get("backend", "") is None:
             del options["backend"]
+        if self._again is not None and (output := self._again(args, options)) is not None:
+            return output
         if not (
             observers
             or _len_torch_dispatch_stack()

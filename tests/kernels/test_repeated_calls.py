@@ -86,6 +86,23 @@ def test_a_changed_weight_is_seen(op: str, backend: str, change: str) -> None:
         assert _repeats(op, args)
 
 
+@pytest.mark.parametrize("options", [{}, {"backend": None}], ids=str)
+def test_a_repeated_call_learns_nothing(
+    op: str, backend: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether no backend is named by silence or by None."""
+    args, learnt = _arguments(op), []
+    _outputs(op, args)
+    learn = repeats.learn
+    monkeypatch.setattr(repeats, "learn", lambda *given: learnt.append(learn(*given)))
+    with torch.no_grad():
+        gk.OPS[op](*args, activation="silu", **options)
+    assert not learnt
+    with torch.no_grad():
+        gk.OPS[op](*args, activation="relu", **options)
+    assert len(learnt) == 1
+
+
 def test_other_tensors_are_free(op: str, backend: str) -> None:
     args = _arguments(op)
     _assert_right(op, args)
