@@ -52,11 +52,12 @@ def gose(monkeypatch, tmp_path):
     return lambda *arguments: CliRunner().invoke(cli.app, list(arguments))
 
 
-def refused(result, message):
+def refusal(result):
+    """What a command says that ends as bad input does."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    assert message in result.stderr
     assert "Traceback" not in result.output
+    return result.stderr
 
 
 def test_version_is_that_of_the_package(gose):
@@ -115,7 +116,7 @@ def test_run_takes_a_file(gose, tmp_path):
     ],
 )
 def test_bad_input_exits_2_and_makes_nothing(gose, tmp_path, arguments, message):
-    refused(gose("run", *arguments), message)
+    assert message in refusal(gose("run", *arguments))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -124,13 +125,13 @@ def test_a_missing_set_exits_2_and_makes_nothing(gose, monkeypatch, tmp_path):
         raise DataError(f"data: set {name!r} is missing; run: gose data fetch {name}")
 
     monkeypatch.setattr(cli, "locate", missing)
-    refused(gose("run", "quickstart"), "is missing; run: gose data fetch mnist-5k")
+    assert "is missing; run: gose data fetch mnist-5k" in refusal(gose("run", "quickstart"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_the_disk_refuses_exits_2(gose, tmp_path):
     (tmp_path / "here" / "lock").mkdir(parents=True)
-    refused(gose("run", "quickstart", "--out", "here"), "Is a directory: 'here/lock'")
+    assert "Is a directory: 'here/lock'" in refusal(gose("run", "quickstart", "--out", "here"))
 
 
 def test_what_the_first_unit_refuses_exits_2(gose, monkeypatch):
@@ -139,12 +140,14 @@ def test_what_the_first_unit_refuses_exits_2(gose, monkeypatch):
         yield
 
     monkeypatch.setattr(system, "run", damaged)
-    refused(gose("run", "quickstart"), "error: data: set 'digits' is damaged; run: this")
+    assert "error: data: set 'digits' is damaged; run: this" in refusal(gose("run", "quickstart"))
 
 
 def test_an_existing_run_is_not_overwritten(gose):
     assert gose("run", "quickstart", "--out", "here").exit_code == 0
-    refused(gose("run", "quickstart", "--out", "here"), "here: holds a run already; resume it")
+    assert "here: holds a run already; resume it" in refusal(
+        gose("run", "quickstart", "--out", "here")
+    )
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -215,10 +218,10 @@ def test_show_json_holds_every_row(gose, tmp_path):
 
 
 def test_show_refuses_what_is_no_run(gose, tmp_path):
-    refused(gose("show", "absent"), "absent: holds no run")
+    assert "absent: holds no run" in refusal(gose("show", "absent"))
     path = fake_run.write(tmp_path / "run", [])
     (path / "metrics.jsonl").write_bytes(b"{}\nnonsense\n")
-    refused(gose("show", "run"), "metrics.jsonl: line 2 is not a JSON object")
+    assert "metrics.jsonl: line 2 is not a JSON object" in refusal(gose("show", "run"))
 
 
 def test_doctor_tells_what_is_here(gose):
@@ -300,7 +303,9 @@ def test_explain_without_a_name_tells_of_every_op(gose):
 
 
 def test_explain_refuses_with_the_nearest_name(gose):
-    refused(gose("explain", "combin"), "no op named 'combin'; did you mean combine?; ops: ")
+    assert "no op named 'combin'; did you mean combine?; ops: " in refusal(
+        gose("explain", "combin")
+    )
     assert gose("explain", "combine", "--device", "tpu").exit_code == 2
     assert gose("explain", "combine", "--dtype", "int3").exit_code == 2
 
@@ -323,10 +328,12 @@ def test_explain_tells_the_tiles_of_an_architecture(gose):
 
 
 def test_explain_refuses_an_architecture_where_nothing_is_chosen(gose):
-    refused(gose("explain", "moe", "--cc", "90"), "--cc wants an op and --device cuda")
+    assert "--cc wants an op and --device cuda" in refusal(gose("explain", "moe", "--cc", "90"))
     wanted = "op must be one of moe, expert_mlp, grouped_gemm, got 'combine'"
-    refused(gose("explain", "combine", "--device", "cuda", "--cc", "90"), wanted)
-    refused(gose("explain", "moe", "--device", "cuda", "--cc", "75"), "cc must be one of 80, 86")
+    assert wanted in refusal(gose("explain", "combine", "--device", "cuda", "--cc", "90"))
+    assert "cc must be one of 80, 86" in refusal(
+        gose("explain", "moe", "--device", "cuda", "--cc", "75")
+    )
 
 
 def test_data_is_mounted(gose):

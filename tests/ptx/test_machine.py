@@ -682,8 +682,12 @@ _SOUND = {
 @pytest.mark.parametrize("name", _SOUND)
 def test_no_false_alarm(name: str) -> None:
     x = _aligned(64, "u4")
-    for order in machine.ORDERS:
-        _run(_SOUND[name], x, threads=64, blocks=3, shared=_S, order=order)
+    counted = [
+        _run(_SOUND[name], x, threads=64, blocks=3, shared=_S, order=order).instructions
+        for order in machine.ORDERS
+    ]
+    assert set(counted) == {counted[0]}
+    assert counted[0] >= 3 * 2  # blocks, warps
 
 
 _BLOCK = "mov.u32 %r5, %ctaid.x; mul.wide.u32 %d12, %r5, 4; add.u64 %d12, %d0, %d12;"
