@@ -98,7 +98,12 @@ def _measured(name: str, table: Callable[[dict[str, Any]], str], command: str | 
         result = _result(name)
     except FileNotFoundError:
         return f"No measurement is committed: `python -m benchmarks {command or name}` makes one."
+    if command is not None:  # a file of cells names the command of the last ones
+        result["command"] = f"python -m benchmarks {command}"
     return f"{table(result)}\n\n{_source(result)}"
+
+
+_LAYER = "layer --allocator kept --caches cold --peer-python PYTHON"
 
 
 def layer_table() -> str:
@@ -110,7 +115,7 @@ def layer_table() -> str:
         cells.sort(key=lambda c: (list(SHAPES).index(c["shape"]), c["dtype"], c["tokens"]))
         return _cells.table(cells)
 
-    return _measured("layer", table)
+    return _measured("layer", table, _LAYER)
 
 
 def train_table() -> str:
@@ -121,7 +126,7 @@ def train_table() -> str:
         cells.sort(key=lambda c: (list(SHAPES).index(c["shape"]), c["dtype"], c["tokens"]))
         return _cells.train_table(cells)
 
-    return _measured("layer", table)
+    return _measured("layer", table, f"{_LAYER} --train")
 
 
 def weights_table() -> str:

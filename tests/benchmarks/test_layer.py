@@ -285,12 +285,12 @@ def test_the_floor_counts_touched_experts_or_products():
 
 def test_readme_takes_the_cells_that_it_names(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "_RESULTS", tmp_path)
-    assert readme.layer_table() == (
-        "No measurement is committed: `python -m benchmarks layer` makes one."
-    )
+    command = "python -m benchmarks layer --allocator kept --caches cold --peer-python PYTHON"
+    assert readme.layer_table() == f"No measurement is committed: `{command}` makes one."
     shown = _cell(gose=(1.0, 2.0, 4.0))
     cells = {"a": {**shown, "tokens": 16}, "b": shown, "c": {**shown, "caches": "warm"}}
-    _record.save("layer", "python -m benchmarks layer", 1, {"cells": cells}, tmp_path)
+    _record.save("layer", "the command of the last cell", 1, {"cells": cells}, tmp_path)
+    assert readme.layer_table().endswith(f"`{command}`.")
     rows = [line for line in readme.layer_table().splitlines() if "tiny" in line]
     assert [row.split(" | ")[1] for row in rows] == ["4", "16"]
 
