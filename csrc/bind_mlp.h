@@ -79,7 +79,7 @@ struct WeightsThen {
   }
 };
 
-// What mlp_numbers in gose_kernels/ops/expert_mlp.py makes of the options, checked there: one
+// What mlp_numbers in gose_kernels/ops/mlp_call.py makes of the options, checked there: one
 // tensor, kept from call to call. After them, for a call that is like an earlier one, the dtype of
 // x and the weights of that one.
 struct MlpOptions {
@@ -94,7 +94,7 @@ struct MlpOptions {
     constexpr int64_t kNumbers = 8;
     const int64_t count = packed.numel();
     if (packed.scalar_type() != ScalarType::Double || count < kNumbers || !packed.is_contiguous()) {
-      refuse(op, ": options must be the tensor that gose_kernels.ops.expert_mlp makes of them");
+      refuse(op, ": options must be the tensor that gose_kernels.ops.mlp_call makes of them");
     }
     const double* x = static_cast<const double*>(packed.const_data_ptr());
     phi = Phi(int32_t(x[0])), gated = x[1] != 0, interleaved = x[2] != 0;

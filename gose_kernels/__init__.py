@@ -23,7 +23,8 @@ from gose_kernels.ops.combine import combine
 from gose_kernels.ops.dispatch import dispatch
 from gose_kernels.ops.distill_loss import distill_loss
 from gose_kernels.ops.entropy import entropy
-from gose_kernels.ops.expert_mlp import expert_mlp, expert_mlp_packed
+from gose_kernels.ops.expert_mlp import expert_mlp
+from gose_kernels.ops.expert_mlp_packed import expert_mlp_packed
 from gose_kernels.ops.grouped_gemm import grouped_gemm
 from gose_kernels.ops.low_rank import low_rank
 from gose_kernels.ops.masked_square_sum import masked_square_sum

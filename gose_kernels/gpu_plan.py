@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gose_kernels.ops.expert_mlp import MlpCall
+from gose_kernels.ops.mlp_call import MlpCall
 
 OPS = ("moe", "expert_mlp", "grouped_gemm")
 # KB of shared memory that a block may have, by compute capability (CUDA programming guide,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gose_kernels.huggingface.experts import NAME, check, slots
 from gose_kernels.huggingface.forms import Form, form_of
 from gose_kernels.ops.activations import ACTIVATIONS
-from gose_kernels.ops.expert_mlp import expert_mlp_packed
+from gose_kernels.ops.expert_mlp_packed import expert_mlp_packed
 from gose_kernels.packing import pack_experts, quantize_experts, unpack_experts
 
 _COPIED = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "config")

@@ -19,6 +19,13 @@ from torch import Tensor
 
 from gose_kernels.ops import expert_mlp as mlp
 from gose_kernels.ops import grouped_gemm as gemm
+from gose_kernels.ops.mlp_call import (
+    BackwardCall,
+    MlpCall,
+    bind_backward,
+    check_backward,
+    empty_gradients,
+)
 from gose_kernels.packing import DTYPES
 from gose_kernels.registry import Cost, native, reference, register
 
@@ -35,11 +42,11 @@ def _check_into(op: str, name: str, into: Tensor | None, shape: Any, dtype: torc
 
 def _mlp_call(
     args: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[mlp.MlpCall, mlp.BackwardCall, Tensor | None, Tensor | None]:
+) -> tuple[MlpCall, BackwardCall, Tensor | None, Tensor | None]:
     grad_up, grad_down = args[11:13]
     needs = {"need_up": grad_up is not None, "need_down": grad_down is not None}
-    call, back = mlp.bind_backward(args[:11], {**options, **needs})
-    mlp.check_backward(call, back)
+    call, back = bind_backward(args[:11], {**options, **needs})
+    check_backward(call, back)
     op, dtype = "expert_mlp_backward_add_", call.x_TD.dtype
     _check_into(op, "grad_up", grad_up, call.w_up_EHD.shape, dtype)
     _check_into(op, "grad_down", grad_down, call.w_down_EDF.shape, dtype)
@@ -66,7 +73,7 @@ def _cpu_mlp(*args: Any, **options: Any) -> tuple[Tensor, ...]:
 
 def _mlp_fake(*args: Any, backend: str | None = None, **options: Any) -> tuple[Tensor, ...]:
     call, back, *_ = _mlp_call(args, options)
-    x, weight, _, _, *biases = mlp.empty_gradients(call, back)
+    x, weight, _, _, *biases = empty_gradients(call, back)
     return x, weight, *biases
 
 

@@ -38,10 +38,6 @@ T, K, E, D and F may be 0: sums over nothing are 0. A token without used slots g
 read; experts without tokens are not read and get weight gradients of 0.
 Differentiable in x, weight, weights and biases, once. At the limit the gradient passes.
 
-expert_mlp_packed takes packed_EB of `pack_experts` in the place of both weights, with F = hidden,
-for inference that keeps no other copy of them. It has no gradient. With weights="int8" or "int4",
-packed_EB is of `quantize_experts`; the torch backend rounds these weights to the dtype of x.
-
 expert_mlp_train, which autograd runs instead, returns (out_TD, pre_NH): pre, biased, its rows in
 the order of `dispatch` and 0 from row offset[E] on. With the inputs it is all that backward keeps:
 `a` is made again, and the gate gradient comes from sum_f (w_down^T grad_out)[f] * a[f], not from y.
@@ -54,9 +50,8 @@ Source: memory scheme of SonicMoE [arXiv 2512.14080]; swiglu_oai as in gpt-oss.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -64,178 +59,23 @@ import torch
 from torch import Tensor
 
 from gose_kernels import memory, repeats
-from gose_kernels.ops.activations import ACTIVATIONS, PHIS, Activation
+from gose_kernels.ops.mlp_call import (
+    BackwardCall,
+    MlpCall,
+    bind_backward,
+    check,
+    check_backward,
+    empty_gradients,
+    mlp_numbers,
+)
 from gose_kernels.packing import (
     DTYPES,
     Packed,
-    expert_bytes,
     numbers_then,
     packed_experts,
     path_of,
-    unpack_experts,
 )
-from gose_kernels.quantized import WEIGHTS, check_weights
 from gose_kernels.registry import Cost, native, reference, register, triton
-
-
-class MlpCall(NamedTuple):
-    """The arguments of expert_mlp and expert_mlp_train, in schema order."""
-
-    x_TD: Tensor
-    weight_TK: Tensor
-    expert_TK: Tensor
-    w_up_EHD: Tensor
-    w_down_EDF: Tensor
-    bias_up_EH: Tensor | None = None
-    bias_down_ED: Tensor | None = None
-    frozen_E: Tensor | None = None
-    frozen_EF: Tensor | None = None
-    activation: str = "swiglu"
-    interleaved: bool = False
-    transposed: bool = False
-    limit: float | None = None
-    alpha: float = 1.702
-
-    @property
-    def act(self) -> Activation:
-        return ACTIVATIONS[self.activation]
-
-    @property
-    def clamp(self) -> float:
-        limit = self.act.limit if self.limit is None else self.limit
-        return math.inf if limit is None else limit
-
-    @property
-    def scale(self) -> float:
-        """alpha as phi takes it."""
-        return self.alpha if self.activation == "swiglu_oai" else 1.0
-
-    @property
-    def phi(self) -> str:
-        """The name of phi: silu, gelu, gelu_tanh, relu or relu2."""
-        return self.act.phi.__name__.removeprefix("_")
-
-    @property
-    def up_EDH(self) -> Tensor:
-        return self.w_up_EHD if self.transposed else self.w_up_EHD.mT
-
-    @property
-    def down_EFD(self) -> Tensor:
-        return self.w_down_EDF if self.transposed else self.w_down_EDF.mT
-
-    @property
-    def sum_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.x_TD.dtype, torch.float32)
-
-
-class BackwardCall(NamedTuple):
-    """What expert_mlp_backward takes beyond the arguments of expert_mlp, in schema order."""
-
-    pre_NH: Tensor
-    grad_TD: Tensor
-    need_x: bool = True
-    need_weight: bool = True
-    need_up: bool = True
-    need_down: bool = True
-    need_bias_up: bool = False
-    need_bias_down: bool = False
-
-    @property
-    def need_pre(self) -> bool:
-        return self.need_x or self.need_up or self.need_bias_up
-
-
-class PackedCall(NamedTuple):
-    """The arguments of expert_mlp_packed, in schema order."""
-
-    x_TD: Tensor
-    weight_TK: Tensor
-    expert_TK: Tensor
-    packed_EB: Tensor
-    hidden: int
-    bias_up_EH: Tensor | None = None
-    bias_down_ED: Tensor | None = None
-    activation: str = "swiglu"
-    interleaved: bool = False
-    limit: float | None = None
-    alpha: float = 1.702
-    weights: str | None = None
-
-    def unpacked(self) -> MlpCall:
-        """The call of expert_mlp that computes the same, its weights with gates first."""
-        act, columns = ACTIVATIONS[self.activation], self.hidden
-        if self.weights is not None:
-            check_weights("expert_mlp_packed", self.weights)
-        w_up_EHD, w_down_EDF = unpack_experts(
-            self.packed_EB,
-            width=self.x_TD.shape[1],
-            hidden=self.hidden,
-            dtype=self.x_TD.dtype,
-            gated=act.gated,
-            weights=self.weights,
-        )
-        bias_up_EH = self.bias_up_EH
-        if bias_up_EH is not None and self.interleaved:
-            bias_up_EH = bias_up_EH.unflatten(1, (columns, 2)).mT.flatten(1)
-        return MlpCall(
-            *(self.x_TD, self.weight_TK, self.expert_TK, w_up_EHD, w_down_EDF),
-            *(bias_up_EH, self.bias_down_ED),
-            activation=self.activation,
-            limit=self.limit,
-            alpha=self.alpha,
-        )
-
-
-def _want(holds: bool, argument: str, wanted: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"expert_mlp: {argument} must be {wanted}, got {got}")
-
-
-def _want_shape(argument: str, tensor: Tensor | None, *shape: int) -> None:
-    if tensor is not None:
-        _want(tuple(tensor.shape) == shape, argument, f"of shape {shape}", tuple(tensor.shape))
-
-
-def _check_options(call: MlpCall) -> None:
-    names = ", ".join(ACTIVATIONS)
-    _want(call.activation in ACTIVATIONS, "activation", f"one of {names}", repr(call.activation))
-    for name in ("interleaved", "limit") if not call.act.gated else ():
-        _want(not getattr(call, name), name, f"unset for {call.activation}", getattr(call, name))
-    _want(call.clamp > 0, "limit", "above 0", call.limit)
-
-
-def check(call: MlpCall) -> tuple[int, int, int, int]:
-    """(E, H, F, D) of a call that some backend may take; ValueError for any other."""
-    x_TD = call.x_TD
-    _check_options(call)
-    _want(x_TD.dim() == 2, "x_TD", "of 2 dimensions", f"shape {tuple(x_TD.shape)}")
-    _want(x_TD.is_floating_point(), "x_TD", "floating point", x_TD.dtype)
-    for name in ("w_up_EHD", "w_down_EDF"):
-        shape = tuple(getattr(call, name).shape)
-        _want(len(shape) == 3, name, "of 3 dimensions", f"shape {shape}")
-    E, F, D = call.down_EFD.shape
-    H = 2 * F if call.act.gated else F
-    layout = f"with transposed={call.transposed}, activation={call.activation!r}"
-    wanted = (E, D, H) if call.transposed else (E, H, D)
-    got = tuple(call.w_up_EHD.shape)
-    _want(got == wanted, "w_up_EHD", f"of shape {wanted} {layout}, to fit w_down_EDF", got)
-    _want(x_TD.shape[1] == D, "x_TD", f"of width D = {D} as w_down_EDF {layout}", x_TD.shape[1])
-    slots, T = tuple(call.weight_TK.shape), x_TD.shape[0]
-    _want(len(slots) == 2 and slots[0] == T, "weight_TK", f"of shape [T={T}, K]", slots)
-    _want_shape("expert_TK", call.expert_TK, *slots)
-    _want_shape("bias_up_EH", call.bias_up_EH, E, H)
-    _want_shape("bias_down_ED", call.bias_down_ED, E, D)
-    _want_shape("frozen_E", call.frozen_E, E)
-    _want_shape("frozen_EF", call.frozen_EF, E, F)
-    wanted_dtype, dtype = call.sum_dtype, call.weight_TK.dtype
-    _want(dtype == wanted_dtype, "weight_TK", f"{wanted_dtype} for x_TD of {x_TD.dtype}", dtype)
-    for name in ("w_up_EHD", "w_down_EDF", "bias_up_EH", "bias_down_ED"):
-        if (tensor := getattr(call, name)) is not None:
-            _want(tensor.dtype == x_TD.dtype, name, f"{x_TD.dtype} as x_TD", tensor.dtype)
-    for name in ("frozen_E", "frozen_EF"):
-        if (tensor := getattr(call, name)) is not None:
-            _want(tensor.dtype == torch.bool, name, "bool", tensor.dtype)
-    return E, H, F, D
 
 
 def _split(pre_NH: Tensor, call: MlpCall) -> tuple[Tensor, Tensor]:
@@ -314,35 +154,6 @@ def expert_mlp_reference(*args: Any, **options: Any) -> Tensor:
 
 def expert_mlp_train_reference(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     return _forward(MlpCall(*args, **options), keep=True)
-
-
-def bind_backward(args: Sequence[Any], options: dict[str, Any]) -> tuple[MlpCall, BackwardCall]:
-    needs = {name: options[name] for name in BackwardCall._fields if name in options}
-    others = {name: options[name] for name in options if name not in needs}
-    return MlpCall(*args[:9], **others), BackwardCall(*args[9:], **needs)
-
-
-def check_backward(call: MlpCall, back: BackwardCall) -> None:
-    _, H, _, D = check(call)
-    _want_shape("pre_NH", back.pre_NH, call.expert_TK.numel(), H)
-    _want_shape("grad_TD", back.grad_TD, call.x_TD.shape[0], D)
-    for name in ("pre_NH", "grad_TD"):
-        dtype = getattr(back, name).dtype
-        _want(dtype == call.x_TD.dtype, name, f"{call.x_TD.dtype} as x_TD", dtype)
-
-
-def empty_gradients(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]:
-    """Uninitialized gradients of x, weight, w_up, w_down, bias_up, bias_down; [0] if not needed."""
-    E, H, _, D = check(call)
-    shapes = (
-        (back.need_x, call.x_TD, call.x_TD.shape),
-        (back.need_weight, call.weight_TK, call.weight_TK.shape),
-        (back.need_up, call.w_up_EHD, call.w_up_EHD.shape),
-        (back.need_down, call.w_down_EDF, call.w_down_EDF.shape),
-        (back.need_bias_up, call.x_TD, (E, H)),
-        (back.need_bias_down, call.x_TD, (E, D)),
-    )
-    return tuple(like.new_empty(shape if need else (0,)) for need, like, shape in shapes)
 
 
 def _unfrozen(call: MlpCall, e: int) -> tuple[Tensor | slice, Tensor | slice] | None:
@@ -484,19 +295,6 @@ def _cost(*args: Any, **options: Any) -> Cost:
     return Cost(call.x_TD.shape[0], _moved(call), 2 * call.expert_TK.numel() * D * (H + F))
 
 
-def _packed_cost(*args: Any, **options: Any) -> Cost:
-    """Every slot used, no more experts read than there are slots."""
-    call = PackedCall(*args, **options)
-    T, D = call.x_TD.shape
-    slots, H = (
-        call.expert_TK.numel(),
-        call.hidden * (2 if ACTIVATIONS[call.activation].gated else 1),
-    )
-    read = min(call.packed_EB.shape[0], slots) * call.packed_EB.shape[1]
-    moved = 2 * call.x_TD.numel() * call.x_TD.element_size() + slots * 8 + read
-    return Cost(T, moved, 2 * slots * D * (H + call.hidden))
-
-
 def _train_cost(*args: Any, **options: Any) -> Cost:
     call = MlpCall(*args, **options)
     _, H, _, _ = check(call)
@@ -517,7 +315,7 @@ def backward_cost(*args: Any, **options: Any) -> Cost:
     return Cost(call.x_TD.shape[0], _moved(call) + read + written, flops)
 
 
-def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     T, K, E, D, F = 4, 2, 3, 8, 6
     return (
         torch.ones(T, D, device=device, dtype=dtype),
@@ -528,16 +326,8 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     )
 
 
-def _packed_example(device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    x_TD, weight_TK, expert_TK, _, w_down_EDF = _example(device, dtype)
-    E, D, F = w_down_EDF.shape
-    B = expert_bytes(width=D, hidden=F, dtype=dtype)
-    packed_EB = torch.zeros(E, B, device=device, dtype=torch.uint8)
-    return x_TD, weight_TK, expert_TK, packed_EB, F
-
-
 def backward_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    args = _example(device, dtype)
+    args = example(device, dtype)
     pre_NH = torch.ones(args[2].numel(), args[3].shape[1], device=device, dtype=dtype)
     return (*args, None, None, None, None, pre_NH, torch.ones_like(args[0]))
 
@@ -552,28 +342,6 @@ OPTIONS = (
     "float? limit=None, float alpha=1.702"
 )
 _ARGUMENTS = f"{TENSORS.format(none='=None')}, *, {OPTIONS}, str? backend=None"
-
-
-@lru_cache(maxsize=256)
-def mlp_numbers(
-    activation: str,
-    interleaved: bool,
-    limit: float | None,
-    alpha: float,
-    hidden: int,
-    weights: str | None = None,
-) -> Tensor:
-    """The options as the kernel reads them (csrc/bind_mlp.h), checked."""
-    none = torch.empty(0)
-    tensors = (none, none, none, none, none, None, None, None, None)
-    call = MlpCall(*tensors, activation, interleaved, False, limit, alpha)
-    _check_options(call)
-    act = call.act
-    numbers = [PHIS.index(act.phi), act.gated, interleaved, call.clamp, call.scale, act.shift]
-    if weights is not None:
-        check_weights("expert_mlp_packed", weights)
-    kind = 0 if weights is None else 1 + WEIGHTS.index(weights)
-    return torch.tensor([*numbers, hidden, kind], dtype=torch.float64, device="cpu")
 
 
 def numbers_of(call: MlpCall) -> Tensor:
@@ -688,62 +456,6 @@ def _cpu_backward(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     )
 
 
-def bind_packed(*args: Any, **options: Any) -> tuple[MlpCall, Tensor, str | None]:
-    """A checked call as its Triton launcher takes it: expert_mlp's with weights of shapes alone,
-    and the packed ones."""
-    call = PackedCall(*args, **options)
-    if call.weights is not None:
-        check_weights("expert_mlp_packed", call.weights)
-    x_TD, packed_EB, F = call.x_TD, call.packed_EB, call.hidden
-    _want(x_TD.dim() == 2, "x_TD", "of 2 dimensions", f"shape {tuple(x_TD.shape)}")
-    _want(F >= 0, "hidden", "at least 0", F)
-    E, D, dtype = packed_EB.shape[0], x_TD.shape[1], x_TD.dtype
-    none = torch.empty(0)
-    mlp = MlpCall(
-        *(x_TD, call.weight_TK, call.expert_TK, none, none, call.bias_up_EH, call.bias_down_ED),
-        activation=call.activation,
-        interleaved=call.interleaved,
-        limit=call.limit,
-        alpha=call.alpha,
-    )
-    _check_options(mlp)
-    H, gated = (2 if mlp.act.gated else 1) * F, mlp.act.gated
-    w_up_EHD, w_down_EDF = (
-        torch.empty(shape, dtype=dtype, device="meta") for shape in ((E, H, D), (E, D, F))
-    )
-    mlp = mlp._replace(w_up_EHD=w_up_EHD, w_down_EDF=w_down_EDF)
-    check(mlp)
-    B = expert_bytes(width=D, hidden=F, dtype=dtype, gated=gated, weights=call.weights)
-    aligned = packed_EB.numel() == 0 or (packed_EB.stride(0) % 64 == 0 and packed_EB.stride(1) == 1)
-    if (packed_EB.dtype, tuple(packed_EB.shape), aligned) != (torch.uint8, (E, B), True):
-        raise ValueError(
-            f"expert_mlp_packed: packed_EB must be uint8 of shape {(E, B)} with rows a multiple of "
-            f"64 bytes apart, got {packed_EB.dtype} of shape {tuple(packed_EB.shape)}, "
-            f"strides {packed_EB.stride()}"
-        )
-    return mlp, packed_EB, call.weights
-
-
-def expert_mlp_packed_reference(*args: Any, **options: Any) -> Tensor:
-    return _forward(PackedCall(*args, **options).unpacked(), keep=False)[0]
-
-
-def _cpu_packed(*args: Any, **named: Any) -> Tensor:
-    call = PackedCall(*args, **named)
-    options = call.activation, call.interleaved, call.limit, call.alpha
-    numbers = mlp_numbers(*options, call.hidden, call.weights)
-    out_TD: Tensor = torch.ops.gose_native.expert_mlp.default(
-        *(numbers, call.packed_EB, call.x_TD, call.weight_TK, call.expert_TK),
-        *(None, None, call.bias_up_EH, call.bias_down_ED),
-    )
-    return out_TD
-
-
-def _packed_fake(*args: Any, backend: str | None = None, **options: Any) -> Tensor:
-    x_TD = PackedCall(*args, **options).x_TD
-    return x_TD.new_empty(x_TD.shape)
-
-
 def _train(*args: Any, **options: Any) -> Tensor:
     out_TD: Tensor = torch.ops.gose.expert_mlp_train(*args, **options)[0]
     return out_TD
@@ -759,7 +471,7 @@ expert_mlp = register(
     fake=_fake,
     training=_train,
     cost=_cost,
-    example=_example,
+    example=example,
     autocast=("x_TD", "w_up_EHD", "w_down_EDF", "bias_up_EH", "bias_down_ED"),
 )
 
@@ -772,7 +484,7 @@ expert_mlp_train = register(
     setup_context=_setup_context,
     backward=_backward,
     cost=_train_cost,
-    example=_example,
+    example=example,
 )
 
 expert_mlp_backward = register(
@@ -786,17 +498,4 @@ expert_mlp_backward = register(
     fake=_backward_fake,
     cost=backward_cost,
     example=backward_example,
-)
-
-expert_mlp_packed = register(
-    "expert_mlp_packed(Tensor x_TD, Tensor weight_TK, Tensor expert_TK, Tensor packed_EB, "
-    "int hidden, Tensor? bias_up_EH=None, Tensor? bias_down_ED=None, *, "
-    'str activation="swiglu", bool interleaved=False, float? limit=None, float alpha=1.702, '
-    "str? weights=None, str? backend=None) -> Tensor",
-    triton("expert_mlp_packed", "expert_mlp_packed", *DTYPES, bind=bind_packed),
-    native("cpu", _cpu_packed, *DTYPES),
-    reference(expert_mlp_packed_reference),
-    fake=_packed_fake,
-    cost=_packed_cost,
-    example=_packed_example,
 )

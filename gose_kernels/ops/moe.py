@@ -29,6 +29,8 @@ from torch import Tensor
 
 from gose_kernels import repeats
 from gose_kernels.ops import expert_mlp, route
+from gose_kernels.ops.mlp_call import MlpCall
+from gose_kernels.ops.mlp_call import check as check_mlp
 from gose_kernels.packing import (
     DTYPES,
     Packed,
@@ -115,7 +117,7 @@ def moe_reference(*args: Any, **options: Any) -> tuple[Tensor, ...]:
     return _layer(*args, backend="torch", **options)
 
 
-def _checked(call: MoeCall, options: dict[str, Any]) -> tuple[expert_mlp.MlpCall, dict[str, Any]]:
+def _checked(call: MoeCall, options: dict[str, Any]) -> tuple[MlpCall, dict[str, Any]]:
     """The call of expert_mlp, its weight_TK and expert_TK of shapes alone, and route's options."""
     _check(call, options.get("policy", "softmax"))
     of_mlp = {name: options[name] for name in _MLP_OPTIONS if name in options}
@@ -125,16 +127,16 @@ def _checked(call: MoeCall, options: dict[str, Any]) -> tuple[expert_mlp.MlpCall
     entropies = (call.entropy_TE, call.entropy_E, call.bias_E, call.noise_TE)
     route.check(route.RouteCall(score_TE, call.top_k, *entropies, **of_route))
     slots_TK = score_TE[:, : call.top_k]
-    mlp = expert_mlp.MlpCall(
+    mlp = MlpCall(
         *(call.x_TD, slots_TK, slots_TK, call.w_up_EHD, call.w_down_EDF),
         *(call.bias_up_EH, call.bias_down_ED, call.frozen_E, call.frozen_EF),
         **of_mlp,
     )
-    expert_mlp.check(mlp)
+    check_mlp(mlp)
     return mlp, of_route
 
 
-def bind(*args: Any, **options: Any) -> tuple[MoeCall, expert_mlp.MlpCall, dict[str, Any]]:
+def bind(*args: Any, **options: Any) -> tuple[MoeCall, MlpCall, dict[str, Any]]:
     """A checked call, as the Triton launcher takes it."""
     call = MoeCall(*args)
     return call, *_checked(call, options)

@@ -10,7 +10,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-MlpCall = Any  # of ops/expert_mlp.py, which this layer does not import
+MlpCall = Any  # of ops/mlp_call.py, which this layer does not import
 
 
 def options_of(call: MlpCall) -> dict[str, Any]:

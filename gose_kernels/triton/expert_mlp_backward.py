@@ -33,7 +33,7 @@ from gose_kernels.triton.tiles import (
 )
 from gose_kernels.triton.weight_grad import LEFT, RIGHT, Frozen, bias_grad, weight_grad
 
-BackwardCall = Any  # of ops/expert_mlp.py, which this layer does not import
+BackwardCall = Any  # of ops/mlp_call.py, which this layer does not import
 
 _SLOTS = 256  # of a program that moves gate weights
 _GATE_SLOTS, _GATE_COLUMNS = 32, 64

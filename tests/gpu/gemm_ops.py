@@ -13,19 +13,16 @@ from torch import Tensor
 import gose_kernels as gk
 from gose_kernels.ops import moe
 from gose_kernels.ops.expert_mlp import (
-    BackwardCall,
-    MlpCall,
-    bind_backward,
-    bind_packed,
     expert_mlp_backward_reference,
-    expert_mlp_packed_reference,
     expert_mlp_reference,
     expert_mlp_train_reference,
 )
+from gose_kernels.ops.expert_mlp_packed import bind_packed, expert_mlp_packed_reference
 from gose_kernels.ops.grouped_gemm import (
     grouped_gemm_backward_reference,
     grouped_gemm_reference,
 )
+from gose_kernels.ops.mlp_call import BackwardCall, MlpCall, bind_backward
 from gose_kernels.ops.squared_grad import squared_grad_reference
 from gose_kernels.packing import expert_bytes, unpack_experts
 from gose_kernels.quantized import WEIGHTS

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import gose_kernels as gk
 from benchmarks import gpu_gemm
-from gose_kernels.ops.expert_mlp import MlpCall, bind_packed
+from gose_kernels.ops.expert_mlp_packed import bind_packed
+from gose_kernels.ops.mlp_call import MlpCall
 from tests import cases
 from tests.gpu import triton_host
 from tests.gpu.gemm_ops import (

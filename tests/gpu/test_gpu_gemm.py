@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_gemm
-from gose_kernels.ops.expert_mlp import BackwardCall, MlpCall
+from gose_kernels.ops.mlp_call import BackwardCall, MlpCall
 from tests.gpu import triton_host
 from tests.gpu.gemm_ops import OPS
 from tests.ptx.faults import Counts
