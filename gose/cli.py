@@ -378,9 +378,9 @@ def _print_plan(plan: gk.Plan, call: str) -> None:
         f"{sum(one.launches for one in plan.launches if one.phase == phase)} {phase}"
         for phase in ("forward", "backward")
     )
-    typer.echo(
-        f"Launches: {', '.join(totals)}; where gradients are needed torch multiplies by the router."
-    )
+    scored = any(one.kernel == "score" for one in plan.launches)
+    note = "; where gradients are needed torch multiplies by the router" if scored else ""
+    typer.echo(f"Launches: {', '.join(totals)}{note}.")
 
 
 def _print_tables(parts: Iterable[reports.Part]) -> None:
