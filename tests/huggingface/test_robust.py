@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import mmap
+import os
 import subprocess
 import sys
 import threading
@@ -75,15 +76,20 @@ assert torch.equal(got, want)
 def test_packing_never_holds_both_copies_of_more_than_an_expert() -> None:
     """Peak growth in experts, of a model of two layers of 24: both ways."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PACKING], capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", _PACKING],
+        capture_output=True,
+        text=True,
+        # What is freed goes back at once: the resident pages are then what the code holds, and not
+        # also the up to 64 MiB that glibc keeps for later once it has seen a large block freed.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
-        turn, peak, after = line.split()
-        # Beside an expert's new row: its pages until they are given back, temporaries of unpacking.
-        assert float(peak) < {"pack": 4, "unpack": 8}[turn], line
-        assert float(after) < {"pack": 3, "unpack": 6}[turn], line
-    assert "unpack" in done.stdout
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["pack", "unpack"]
+    for line in lines:
+        peak, after = map(float, line.split()[1:])
+        # An expert's new row beside its old one, and the temporaries of unpacking.
+        assert peak < 3 and after < 0.5, line
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
