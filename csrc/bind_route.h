@@ -1,4 +1,4 @@
-// Arguments of route and its backward: the checks of gose_kernels/ops/route.py in the same words,
+// Arguments of route and its backward: the checks of gose_kernels/ops/route_call.py in its words,
 // conversion to what the kernels read, scratch.
 #pragma once
 
@@ -11,8 +11,8 @@
 
 namespace gose {
 
-// The numbers of pack_options in gose_kernels/ops/route.py, which has checked them: one tensor,
-// kept from call to call, where fourteen arguments of their own would cost 4 us each time.
+// The numbers of pack_options in gose_kernels/ops/route_call.py, which has checked them: one
+// tensor, kept from call to call, where fourteen arguments of their own would cost 4 us each time.
 struct RouteOptions {
   RoutePolicy policy;
   bool softmax_before, renormalize, sigmoid_gate;

@@ -37,7 +37,8 @@ from gose_kernels.ops.quantize import (
     dequantize_add_,
     quantize,
 )
-from gose_kernels.ops.route import LOSSES, route
+from gose_kernels.ops.route import route
+from gose_kernels.ops.route_call import LOSSES
 from gose_kernels.ops.squared_grad import squared_grad
 from gose_kernels.packing import (
     forget_packed,

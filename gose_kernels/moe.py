@@ -23,7 +23,8 @@ from torch.nn import functional
 
 from gose_kernels.ops.activations import ACTIVATIONS
 from gose_kernels.ops.moe import moe
-from gose_kernels.ops.route import LOSSES, route
+from gose_kernels.ops.route import route
+from gose_kernels.ops.route_call import LOSSES
 
 
 class RouteStats(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gose_kernels as gk
-from gose_kernels.ops.route import RouteCall
+from gose_kernels.ops.route_call import RouteCall
 
 NAMES = ["weight_TK", "expert_TK", "entropy_T", "load_E", "importance_E", "loss_L"]
 GRADIENTS = [0, 2, 4, 5]  # the differentiable outputs

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gose_kernels import repeats
-from gose_kernels.ops import expert_mlp, route
+from gose_kernels.ops import expert_mlp, route_call
 from gose_kernels.ops.mlp_call import MlpCall
 from gose_kernels.ops.mlp_call import check as check_mlp
 from gose_kernels.packing import (
@@ -125,7 +125,7 @@ def _checked(call: MoeCall, options: dict[str, Any]) -> tuple[MlpCall, dict[str,
     (T, _), E = call.x_TD.shape, call.w_up_EHD.shape[0]
     score_TE = call.x_TD.new_empty(T, E, dtype=torch.float32)
     entropies = (call.entropy_TE, call.entropy_E, call.bias_E, call.noise_TE)
-    route.check(route.RouteCall(score_TE, call.top_k, *entropies, **of_route))
+    route_call.check(route_call.RouteCall(score_TE, call.top_k, *entropies, **of_route))
     slots_TK = score_TE[:, : call.top_k]
     mlp = MlpCall(
         *(call.x_TD, slots_TK, slots_TK, call.w_up_EHD, call.w_down_EDF),
@@ -151,7 +151,7 @@ def _packed(call: MoeCall, options: dict[str, Any]) -> tuple[Tensor, Tensor, lis
         dtype = None if exact else torch.float32
         copies.append(packed_matrix(router_ED, transposed=False, dtype=dtype))
     kept = [copy for copy in copies if copy is not None]
-    return expert_mlp.numbers_of(mlp), route.pack_options(**of_route), kept
+    return expert_mlp.numbers_of(mlp), route_call.pack_options(**of_route), kept
 
 
 def _kernel(numbers: Tensor, of_route: Tensor, copies: list[Packed]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gose_kernels.ops import route as route_op
 from gose_kernels.ops.distill_loss import DistillCall
-from gose_kernels.ops.route import ADAPTIVE, POLICIES, RouteCall
+from gose_kernels.ops.route_call import ADAPTIVE, POLICIES, RouteCall
 from tests import cases
 from tests.gpu.params import Call, Options, fill, poisoned, split
 from tests.route_oracle import gradients

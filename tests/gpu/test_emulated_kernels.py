@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gose_kernels.ops import route as route_op
+from gose_kernels.ops.route_call import CUDA_BANDS, CUDA_EXPERTS
 from tests.gpu import cuda_host
 from tests.gpu.ops import OPS, arguments, every_case, same_bits
 from tests.gpu.params import ROOT, poisoned
@@ -33,7 +34,7 @@ def test_emulated_kernel(
 
 def test_route_refuses_what_its_kernel_cannot_hold(emulated: Mapping[str, Path]) -> None:
     """The limits that the op states as its reason are those of the launcher."""
-    experts, bands = route_op.CUDA_EXPERTS, list(range(route_op.CUDA_BANDS + 1))
+    experts, bands = CUDA_EXPERTS, list(range(CUDA_BANDS + 1))
     narrow, wide = torch.zeros(1, 4), torch.zeros(1, experts + 1)
     call = cuda_host.OnEmulator(emulated["route"])
     OPS["route"].cuda(call, wide[:, :experts].contiguous(), 2)

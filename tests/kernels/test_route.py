@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gose_kernels as gk
-from gose_kernels.ops.route import LOSSES, route_backward_reference, route_reference
+from gose_kernels.ops.route import route_backward_reference, route_reference
+from gose_kernels.ops.route_call import LOSSES
 from tests import cases
 from tests.checks import assert_close_to_truth, assert_close_within_ulps, backends_of
 from tests.route_oracle import GRADIENTS, assert_same, gradients, oracle
