@@ -67,7 +67,7 @@ def fused_grad_accumulation() -> Iterator[None]:
             with gk.memory.fused_grad_accumulation():
                 loss(batch).backward()
 
-    On the CPU. Without a `.grad` (the first micro-batch), with hooks on the weights, with
+    Without a `.grad` (the first micro-batch), with hooks on the weights, with
     create_graph=True or under torch.compile gradients take their usual way. For `backward()` alone:
     a call of `torch.autograd.grad` within it would change `.grad` and find no gradient. Holds for
     every thread of the process. The name and idea are Megatron-LM's gradient accumulation fusion.
@@ -83,13 +83,10 @@ def fused_grad_accumulation() -> Iterator[None]:
 
 
 def gradients_to_add_to(
-    weights: Sequence[Tensor], needed: Sequence[bool], backend: str | None
+    weights: Sequence[Tensor], needed: Sequence[bool]
 ) -> list[Tensor | None] | None:
-    """`.grad` of every weight that needs a gradient; None if one of them must have its own, or the
-    backend cannot add."""
+    """`.grad` of every weight that needs a gradient; None if one of them must have its own."""
     if not _fusing or torch.is_grad_enabled() or not any(needed):
-        return None
-    if backend not in (None, "cpu", "torch") or any(w.device.type != "cpu" for w in weights):
         return None
     found: list[Tensor | None] = []
     for w, need in zip(weights, needed, strict=True):

@@ -68,18 +68,21 @@ def assert_chain_close_to_truth(
     *,
     gradient: bool = False,
     rounded_parts: bool = False,
+    through: torch.dtype | None = None,
 ) -> None:
     """The error rule for chains of long sums, whose rounding errors fall on elements by chance: the
     L2 error of the whole tensor, and per element the rule plus the reference's largest error.
 
     A gradient is made from a rounded pre-activation and a rounded gradient of it: twice the error.
     Sums of parts that were rounded to the dtype by choice are allowed 3.0e-3 in place of 2.6e-3,
-    and three standard deviations more where few elements make the norm.
+    and three standard deviations more where few elements make the norm. A float32 result of
+    intermediates that were rounded to `through` has the rule of that.
     Tensors of few elements have no L2 error worth the name: theirs is a draw.
     """
     scale = 2.0 if gradient else 1.0
     spread = 1.0
-    if rounded_parts and got.dtype.itemsize == 2:
+    dtype = through or got.dtype
+    if rounded_parts and dtype.itemsize == 2:
         scale *= 3.0 / 2.6
         square = truth.double().where(truth.isfinite(), 0.0).square()
         as_if_equal = float(square.sum() ** 2 / square.square().sum().clamp_min(1e-300))
@@ -89,10 +92,10 @@ def assert_chain_close_to_truth(
     own_error = (same_dtype_reference.double() - truth).abs().where(finite, 0.0)
     error = (got.double() - truth).where(finite, 0.0).norm()
     size = truth.where(finite, 0.0).norm()
-    allowed = max(spread * scale * _CHAIN_RULE[got.dtype] * size, own_error.norm())
+    allowed = max(spread * scale * _CHAIN_RULE[dtype] * size, own_error.norm())
     assert truth.numel() < 32 or error <= allowed, f"L2 {error / size:.3g}"
     if truth.numel() > 0:
-        error_of_truth, error_of_rms = _RULE[got.dtype]
+        error_of_truth, error_of_rms = _RULE[dtype]
         rms = size / math.sqrt(max(1, int(finite.sum())))
         rule = error_of_truth * truth.abs() + error_of_rms * rms
         _assert_within(got, scale * (rule + own_error.max()), truth)

@@ -5,8 +5,8 @@
 
 Arguments as of expert_mlp_backward and grouped_gemm_backward, then the gradients that are added
 to: contiguous, in shape, layout and dtype of the weights; None where one is not wanted. Returned
-are the other gradients. On the CPU a sum is rounded once, with what was there; gradients of experts
-without rows and of what is frozen keep their bits. Autograd runs these within
+are the other gradients. In the kernels a sum is rounded once, with what was there; gradients of
+experts without rows and of what is frozen keep their bits. Autograd runs these within
 `memory.fused_grad_accumulation()`. They have no gradient.
 """
 
@@ -27,7 +27,7 @@ from gose_kernels.ops.mlp_call import (
     empty_gradients,
 )
 from gose_kernels.packing import DTYPES
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.registry import Cost, native, reference, register, triton
 
 
 def _check_into(op: str, name: str, into: Tensor | None, shape: Any, dtype: torch.dtype) -> None:
@@ -41,7 +41,7 @@ def _check_into(op: str, name: str, into: Tensor | None, shape: Any, dtype: torc
 
 
 def _mlp_call(
-    args: tuple[Any, ...], options: dict[str, Any]
+    *args: Any, **options: Any
 ) -> tuple[MlpCall, BackwardCall, Tensor | None, Tensor | None]:
     grad_up, grad_down = args[11:13]
     needs = {"need_up": grad_up is not None, "need_down": grad_down is not None}
@@ -54,7 +54,7 @@ def _mlp_call(
 
 
 def expert_mlp_backward_add_reference_(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    call, back, grad_up, grad_down = _mlp_call(args, options)
+    call, back, grad_up, grad_down = _mlp_call(*args, **options)
     others = {name: value for name, value in back._asdict().items() if name not in back._fields[:2]}
     of_call = {name: getattr(call, name) for name in call._fields[9:]}
     x, weight, up, down, *biases = mlp.expert_mlp_backward_reference(
@@ -67,12 +67,12 @@ def expert_mlp_backward_add_reference_(*args: Any, **options: Any) -> tuple[Tens
 
 
 def _cpu_mlp(*args: Any, **options: Any) -> tuple[Tensor, ...]:
-    call, back, grad_up, grad_down = _mlp_call(args, options)
+    call, back, grad_up, grad_down = _mlp_call(*args, **options)
     return mlp.native_backward(call, back, grad_up, grad_down, add=True)
 
 
 def _mlp_fake(*args: Any, backend: str | None = None, **options: Any) -> tuple[Tensor, ...]:
-    call, back, *_ = _mlp_call(args, options)
+    call, back, *_ = _mlp_call(*args, **options)
     x, weight, _, _, *biases = empty_gradients(call, back)
     return x, weight, *biases
 
@@ -93,8 +93,14 @@ def _mlp_example(device: torch.device, dtype: torch.dtype) -> tuple[Tensor | Non
     return *args, torch.ones_like(up), torch.ones_like(down)
 
 
-def _gemm_call(
-    grad_NF: Tensor, x_ND: Tensor, offset_E1: Tensor, grad_w: Tensor, transposed: bool
+def _check_gemm(
+    grad_NF: Tensor,
+    x_ND: Tensor,
+    offset_E1: Tensor,
+    grad_w: Tensor,
+    *,
+    transposed: bool = False,
+    bias: bool = False,
 ) -> None:
     gemm.check_backward(grad_NF, x_ND, offset_E1)
     D, F = x_ND.shape[1], grad_NF.shape[1]
@@ -112,7 +118,7 @@ def grouped_gemm_backward_add_reference_(
     bias: bool = False,
 ) -> Tensor:
     """The gradient of the bias, [0] without one."""
-    _gemm_call(grad_NF, x_ND, offset_E1, grad_w, transposed)
+    _check_gemm(grad_NF, x_ND, offset_E1, grad_w, transposed=transposed)
     made, grad_bias_EF = gemm.grouped_gemm_backward_reference(
         grad_NF, x_ND, offset_E1, transposed=transposed, bias=bias
     )
@@ -129,7 +135,7 @@ def _cpu_gemm(
     transposed: bool = False,
     bias: bool = False,
 ) -> Tensor:
-    _gemm_call(grad_NF, x_ND, offset_E1, grad_w, transposed)
+    _check_gemm(grad_NF, x_ND, offset_E1, grad_w, transposed=transposed)
     grad_bias_EF: Tensor = torch.ops.gose_native.grouped_gemm_backward(
         grad_NF, x_ND, offset_E1, grad_w, transposed, bias, True
     )
@@ -146,7 +152,7 @@ def _gemm_fake(
     bias: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    _gemm_call(grad_NF, x_ND, offset_E1, grad_w, transposed)
+    _check_gemm(grad_NF, x_ND, offset_E1, grad_w, transposed=transposed)
     return x_ND.new_empty((offset_E1.numel() - 1, grad_NF.shape[1]) if bias else (0,))
 
 
@@ -167,6 +173,13 @@ expert_mlp_backward_add_ = register(
     f"Tensor(a!)? grad_up, Tensor(b!)? grad_down, *, {mlp.OPTIONS}, bool need_x=True, "
     "bool need_weight=True, bool need_bias_up=False, bool need_bias_down=False, "
     "str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    triton(
+        "expert_mlp_backward",
+        "expert_mlp_backward_add_",
+        *DTYPES,
+        bind=_mlp_call,
+        writes=(11, 12),
+    ),
     native("cpu", _cpu_mlp, *DTYPES, writes=(11, 12)),
     reference(expert_mlp_backward_add_reference_),
     fake=_mlp_fake,
@@ -177,6 +190,13 @@ expert_mlp_backward_add_ = register(
 grouped_gemm_backward_add_ = register(
     "grouped_gemm_backward_add_(Tensor grad_NF, Tensor x_ND, Tensor offset_E1, "
     "Tensor(a!) grad_w, *, bool transposed=False, bool bias=False, str? backend=None) -> Tensor",
+    triton(
+        "grouped_gemm",
+        "grouped_gemm_backward_add_",
+        *DTYPES,
+        check=_check_gemm,
+        writes=(3,),
+    ),
     native("cpu", _cpu_gemm, *DTYPES, writes=(3,)),
     reference(grouped_gemm_backward_add_reference_),
     fake=_gemm_fake,

@@ -262,7 +262,7 @@ def _backward(ctx: Any, grad_TD: Tensor | None, _: None) -> tuple[Tensor | None,
         dict(zip(BackwardCall._fields[2:], [needs[i] for i in (0, 1, 3, 4, 5, 6)], strict=True)),
     )
     up_and_down = wanted["need_up"], wanted["need_down"]
-    into = memory.gradients_to_add_to(saved[3:5], up_and_down, ctx.options.get("backend"))
+    into = memory.gradients_to_add_to(saved[3:5], up_and_down)
     if into is None:
         gradients = torch.ops.gose.expert_mlp_backward(*saved, grad_TD, **ctx.options, **wanted)
     else:

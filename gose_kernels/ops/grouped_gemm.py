@@ -238,7 +238,7 @@ def _backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_ND = torch.ops.gose.grouped_gemm(
             grad_NF, w_EFD, offset_E1, transposed=not transposed, backend=backend
         )
-    into = memory.gradients_to_add_to((w_EFD,), (needs_w,), backend)
+    into = memory.gradients_to_add_to((w_EFD,), (needs_w,))
     if into is not None:
         grad_bias_EF = torch.ops.gose.grouped_gemm_backward_add_(
             *(grad_NF, x_ND, offset_E1, *into),

@@ -368,6 +368,7 @@ def _of_weights(
     token_N: Tensor,
     units_first: bool,
     frozen: Frozen,
+    into: Tensor | None,
 ) -> Tensor:
     """The gradient of weights between hidden units, which have rows, and what tokens have."""
     if units_first:
@@ -375,12 +376,25 @@ def _of_weights(
     else:
         left, right, gather, units = tokens_T, units_N, LEFT, RIGHT
     return weight_grad(
-        left, right, offset_E1, token_N=token_N, gather=gather, frozen=frozen, units=units
+        left,
+        right,
+        offset_E1,
+        token_N=token_N,
+        gather=gather,
+        frozen=frozen,
+        units=units,
+        into=into,
     )
 
 
-def expert_mlp_backward(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, w_up, w_down, bias_up and bias_down; [0] for one not needed."""
+def expert_mlp_backward(
+    call: MlpCall,
+    back: BackwardCall,
+    into_up: Tensor | None = None,
+    into_down: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, w_up, w_down, bias_up and bias_down; [0] for one not needed. Those of
+    the weights are added to what is given for them."""
     E, _, D = call.down_EFD.shape
     H, N = call.up_EDH.shape[2], call.expert_TK.numel()
     x_TD, none = call.x_TD, call.x_TD.new_empty(0)
@@ -389,8 +403,8 @@ def expert_mlp_backward(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]
         return (
             zeros(x_TD.shape) if back.need_x else none,
             call.weight_TK.new_zeros(call.weight_TK.shape if back.need_weight else 0),
-            zeros(call.w_up_EHD.shape) if back.need_up else none,
-            zeros(call.w_down_EDF.shape) if back.need_down else none,
+            zeros(call.w_up_EHD.shape) if back.need_up and into_up is None else none,
+            zeros(call.w_down_EDF.shape) if back.need_down and into_down is None else none,
             zeros(E, H) if back.need_bias_up else none,
             zeros(E, D) if back.need_bias_down else none,
         )
@@ -410,9 +424,13 @@ def expert_mlp_backward(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]
         tokens = (offset_E1, token_N)
         grad_up = grad_down = none
         if back.need_up:
-            grad_up = _of_weights(grad_pre_NH, x_TD, *tokens, not call.transposed, frozen_up)
+            grad_up = _of_weights(
+                grad_pre_NH, x_TD, *tokens, not call.transposed, frozen_up, into_up
+            )
         if back.need_down:
-            grad_down = _of_weights(hidden_NF, back.grad_TD, *tokens, call.transposed, frozen)
+            grad_down = _of_weights(
+                hidden_NF, back.grad_TD, *tokens, call.transposed, frozen, into_down
+            )
         grad_bias_up = grad_bias_down = none
         if back.need_bias_up:
             grad_bias_up = bias_grad(grad_pre_NH, offset_E1, frozen=frozen_up, units=True)
@@ -421,3 +439,11 @@ def expert_mlp_backward(call: MlpCall, back: BackwardCall) -> tuple[Tensor, ...]
                 back.grad_TD, offset_E1, token_N=token_N, weight_N=weight_N, frozen=frozen
             )
     return grad_x, grad_weight, grad_up, grad_down, grad_bias_up, grad_bias_down
+
+
+def expert_mlp_backward_add_(
+    call: MlpCall, back: BackwardCall, grad_up: Tensor | None, grad_down: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Gradients of x, weight, bias_up and bias_down; those of the weights go to what is given."""
+    x, weight, _, _, *biases = expert_mlp_backward(call, back, grad_up, grad_down)
+    return x, weight, *biases

@@ -147,8 +147,17 @@ def grouped_gemm_backward(
     *,
     transposed: bool = False,
     bias: bool = False,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the weights, in their layout, and of the bias ([0] without one)."""
+    """Gradients of the weights, in their layout, added to `into` if that is given, and of the bias
+    ([0] without one)."""
     left, right = (x_ND, grad_NF) if transposed else (grad_NF, x_ND)
-    grad_w = weight_grad(left, right, offset_E1)
+    grad_w = weight_grad(left, right, offset_E1, into=into)
     return grad_w, bias_grad(grad_NF, offset_E1) if bias else x_ND.new_empty(0)
+
+
+def grouped_gemm_backward_add_(
+    grad_NF: Tensor, x_ND: Tensor, offset_E1: Tensor, grad_w: Tensor, **options: bool
+) -> Tensor:
+    """The gradient of the bias ([0] without one); that of the weights is added to grad_w."""
+    return grouped_gemm_backward(grad_NF, x_ND, offset_E1, **options, into=grad_w)[1]

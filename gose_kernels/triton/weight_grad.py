@@ -1,5 +1,6 @@
 """Gradients of expert weights and biases: one program per expert and tile of its matrix, which sums
-the expert's rows in order. What is frozen is written as 0 and costs no product.
+the expert's rows in order. What is frozen is written as 0 and costs no product. Where a gradient is
+added to what is there, what is frozen and experts without rows are neither read nor written.
 
 Letters: N rows sorted by expert, E experts, E1 = E+1, A x B a weight matrix, U hidden units of it.
 """
@@ -60,7 +61,8 @@ def _weight_grad_work(args: Mapping[str, Any]) -> tuple[int, int]:
     left, right, token, out = (args[f"{n}_ptr"] for n in ("left", "right", "token", "out"))
     N = left.shape[0] if token is None else token.numel()
     frozen = size_of(args["frozen_ptr"], args["unit_ptr"])
-    moved = size_of(left, right, token, args["offset_ptr"], out) + frozen
+    written = (2 if args["ADD"] else 1) * size_of(out)
+    moved = size_of(left, right, token, args["offset_ptr"]) + written + frozen
     return moved, 2 * N * left.shape[1] * right.shape[1]
 
 
@@ -70,7 +72,7 @@ def _weight_grad_kernel(
     right_ptr,  # [N or tokens, B]
     token_ptr,  # [N] int32 row of the gathered side, read if GATHER
     offset_ptr,  # [E1] int32
-    out_ptr,  # [E, A, B] written once
+    out_ptr,  # [E, A, B] written once, read before if ADD
     A,
     B,
     stride_ln,
@@ -84,6 +86,7 @@ def _weight_grad_kernel(
     PAIRS: tl.constexpr,
     UNITS: tl.constexpr,  # the side whose elements belong to units, or ""
     GATHER: tl.constexpr,  # "left", "right" or ""
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -106,6 +109,8 @@ def _weight_grad_kernel(
     elif UNITS == "right":
         live = _live_units(unit_ptr, e, b, valid_b, U, PAIRS)
         last = tl.where(tl.max(live.to(tl.int32), axis=0) > 0, last, first)
+    if ADD and last <= first:
+        return
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     left_at = left_ptr + (a * stride_la)[None, :]
     right_at = right_ptr + (b * stride_rb)[None, :]
@@ -129,13 +134,22 @@ def _weight_grad_kernel(
             other=0.0,
         )
         acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+    out_at = out_ptr + (e * A + a)[:, None] * B + b[None, :]
+    keep = valid_a[:, None] & valid_b[None, :]
+    if ADD:
+        if UNITS == "left":
+            keep &= live[:, None]
+        elif UNITS == "right":
+            keep &= live[None, :]
+        # Behind a barrier: loaded earlier, it would cost sm_100 a block per multiprocessor.
+        tl.debug_barrier()
+        acc += tl.load(out_at, mask=keep, other=0.0).to(tl.float32)
     # Selected, not multiplied: what is frozen may be NaN.
-    if UNITS == "left":
+    elif UNITS == "left":
         acc = tl.where(live[:, None], acc, 0.0)
     elif UNITS == "right":
         acc = tl.where(live[None, :], acc, 0.0)
-    out_at = out_ptr + (e * A + a)[:, None] * B + b[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=valid_a[:, None] & valid_b[None, :])
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=keep)
 
 
 def _bias_grad_work(args: Mapping[str, Any]) -> tuple[int, int]:
@@ -215,10 +229,12 @@ def weight_grad(
     gather: Side = "",
     frozen: Frozen | None = None,
     units: Side = "",
+    into: Tensor | None = None,
 ) -> Tensor:
-    """[E, A, B]: left^T @ right over the rows of every expert; the gathered side has tokens."""
+    """[E, A, B]: left^T @ right over the rows of every expert; the gathered side has tokens. Added
+    to a contiguous `into`, which is then returned."""
     E, A, B = offset_E1.numel() - 1, left.shape[1], right.shape[1]
-    out_EAB = left.new_empty(E, A, B)
+    out_EAB = left.new_empty(E, A, B) if into is None else into
     tile = tile_for(left, right)
     grid = (E * triton.cdiv(A, tile.rows) * triton.cdiv(B, tile.columns),)
     frozen = frozen or Frozen()
@@ -237,6 +253,7 @@ def weight_grad(
                 **frozen.arguments(units != ""),
                 UNITS=units if frozen.units_EU is not None else "",
                 GATHER=gather,
+                ADD=into is not None,
                 PRECISION=precision(left.dtype),
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,

@@ -75,6 +75,12 @@ def _gemm_backward_tiles(dtype: torch.dtype) -> Tiles:
         yield f"{F}x{D}", args
 
 
+def _gemm_added_tiles(dtype: torch.dtype) -> Tiles:
+    for label, (grad, x, offset_E1) in _gemm_backward_tiles(dtype):
+        into = _meta(offset_E1.numel() - 1, grad.shape[1], x.shape[1], dtype=dtype)
+        yield label, (grad, x, offset_E1, into)
+
+
 def _squared_tiles(dtype: torch.dtype) -> Tiles:
     """Every row a sample, then samples of several rows."""
     for F, D in ((512, 512), (19, 37)):
@@ -144,6 +150,12 @@ def _mlp_backward_tiles(dtype: torch.dtype) -> Tiles:
         yield label, mlp_backward_call(call)
 
 
+def _mlp_added_tiles(dtype: torch.dtype) -> Tiles:
+    for label, call in _mlp_calls(dtype):
+        into = (_meta(*w.shape, dtype=dtype) for w in (call.w_up_EHD, call.w_down_EDF))
+        yield label, (*mlp_backward_call(call), *into)
+
+
 def _packed_tiles(dtype: torch.dtype) -> Tiles:
     """8 experts, 2 of them for every token; every kind of weights, their widest tiles first."""
     sizes = (("swiglu", 4096, 512, 512), ("swiglu", 256, 512, 512), ("swiglu", 64, 512, 512))
@@ -179,6 +191,8 @@ OPS: dict[str, OnTriton] = {
     "grouped_gemm_backward": OnTriton("grouped_gemm", _gemm_backward_tiles),
     "expert_mlp_train": OnTriton("expert_mlp", _mlp_tiles),
     "expert_mlp_backward": OnTriton("expert_mlp_backward", _mlp_backward_tiles),
+    "grouped_gemm_backward_add_": OnTriton("grouped_gemm", _gemm_added_tiles),
+    "expert_mlp_backward_add_": OnTriton("expert_mlp_backward", _mlp_added_tiles),
     "squared_grad": OnTriton("squared_grad", _squared_tiles, kinds=2),
     "expert_mlp_packed": OnTriton("expert_mlp_packed", _packed_tiles, kinds=3),
     "moe": OnTriton("moe", _score_tiles, launcher="scores"),
@@ -235,7 +249,14 @@ SQUARES = [
 Run = Callable[..., Any]  # of a launcher and its arguments
 
 
-def check(got: Any, same: Any, truth: Any, *, gradient: bool = False) -> None:
+def check(
+    got: Any,
+    same: Any,
+    truth: Any,
+    *,
+    gradient: bool = False,
+    through: torch.dtype | None = None,
+) -> None:
     """The error rule; `same` is the reference in the dtype of the call. Rows of experts are rounded
     before combine sums them."""
     parts = ((p,) if isinstance(p, Tensor) else p for p in (got, same, truth))
@@ -243,7 +264,9 @@ def check(got: Any, same: Any, truth: Any, *, gradient: bool = False) -> None:
         # Three products of tf32 leave some ulp of an element that outweighs the others.
         slack = t.abs() * 4 * 2.0**-23 if g.dtype == torch.float32 else 0 * t
         moved = t + (g.double() - t).clamp(-slack, slack).nan_to_num(0.0, 0.0, 0.0)
-        assert_chain_close_to_truth(g, s, moved, gradient=gradient, rounded_parts=True)
+        assert_chain_close_to_truth(
+            g, s, moved, gradient=gradient, rounded_parts=True, through=through
+        )
 
 
 def check_gemm(run: Run, case: cases.GroupedGemmCase, dtype: torch.dtype) -> None:
@@ -254,15 +277,43 @@ def check_gemm(run: Run, case: cases.GroupedGemmCase, dtype: torch.dtype) -> Non
     check(got, grouped_gemm_reference(*args, **options), truth)
 
 
-def check_gemm_backward(run: Run, case: cases.GroupedGemmCase, dtype: torch.dtype) -> None:
-    (x_ND, _, offset_E1, _), options = case.build(dtype)
+def _before(weights: Tensor) -> Tensor:
+    """A gradient of earlier batches."""
+    random = torch.Generator().manual_seed(2)
+    return torch.randn(weights.shape, generator=random).to(weights.dtype)
+
+
+def _check_added(got: Tensor, before: Tensor, same: Tensor, truth: Tensor) -> None:
+    """The sum, rounded once; what has no gradient keeps its bits."""
+    untouched = truth == 0
+    assert torch.equal(got[untouched], before[untouched])
+    check((got,), (before + same,), (before.double() + truth,), gradient=True)
+
+
+def check_gemm_backward(
+    run: Run, case: cases.GroupedGemmCase, dtype: torch.dtype, add: bool = False
+) -> None:
+    (x_ND, w, offset_E1, _), options = case.build(dtype)
     grad_NF = torch.randn(case.N, case.F, generator=torch.Generator().manual_seed(1)).to(dtype)
     grad_NF[case.N - case.unused :] = torch.nan
     args = (grad_NF, x_ND, offset_E1)
-    launcher = OPS["grouped_gemm_backward"].triton("grouped_gemm_backward")
-    got = run(lambda *a: launcher(*a, bias=True, **options), *args)
+    name = "grouped_gemm_backward_add_" if add else "grouped_gemm_backward"
+    launcher, before = OPS[name].triton(name), _before(w)
+
+    def launch(*args: Tensor) -> tuple[Tensor, Tensor]:
+        if not add:
+            made: tuple[Tensor, Tensor] = launcher(*args, bias=True, **options)
+            return made
+        into = before.clone()
+        return into, launcher(*args, into, bias=True, **options)
+
+    got = run(launch, *args)
+    same = grouped_gemm_backward_reference(*args, bias=True, **options)
     truth = grouped_gemm_backward_reference(*double(args), bias=True, **options)
-    check(got, grouped_gemm_backward_reference(*args, bias=True, **options), truth)
+    if add:
+        _check_added(got[0], before, same[0], truth[0])
+        got, same, truth = got[1:], same[1:], truth[1:]
+    check(got, same, truth)
 
 
 def check_squares(run: Run, case: cases.SquaredGradCase, dtype: torch.dtype) -> None:
@@ -330,7 +381,11 @@ def check_moe(run: Run, case: cases.MoeCase, dtype: torch.dtype) -> None:
 
 
 def check_backward(
-    run: Run, case: cases.ExpertMlpCase, dtype: torch.dtype, pre_NH: Tensor | None = None
+    run: Run,
+    case: cases.ExpertMlpCase,
+    dtype: torch.dtype,
+    pre_NH: Tensor | None = None,
+    add: bool = False,
 ) -> None:
     """From what a forward pass kept, by default the reference's."""
     args, options = case.build(dtype)
@@ -339,13 +394,25 @@ def check_backward(
     exact_NH = expert_mlp_train_reference(*double(args), **options)[1]
     options |= {"need_bias_up": case.bias, "need_bias_down": case.bias}
     given = own_NH if pre_NH is None else pre_NH
-    got = run(
-        OPS["expert_mlp_backward"].triton("expert_mlp_backward"),
-        *bind_backward((*args, given, grad_TD), options),
-    )
+    name = "expert_mlp_backward_add_" if add else "expert_mlp_backward"
+    launcher, before = OPS[name].triton(name), [_before(w) for w in args[3:5]]
+
+    def launch(*call: Any) -> tuple[Tensor, ...]:
+        if not add:
+            made: tuple[Tensor, ...] = launcher(*call)
+            return made
+        into = [b.clone() for b in before]
+        x, weight, *biases = launcher(*call, *into)
+        return x, weight, *into, *biases
+
+    got = run(launch, *bind_backward((*args, given, grad_TD), options))
     same = expert_mlp_backward_reference(*args, own_NH, grad_TD, **options)
     truth = expert_mlp_backward_reference(*double(args), exact_NH, grad_TD.double(), **options)
-    check(got, same, truth, gradient=True)
+    if add:
+        for i, b in zip((2, 3), before, strict=True):
+            _check_added(got[i], b, same[i], truth[i])
+        got, same, truth = ((*g[:2], *g[4:]) for g in (got, same, truth))
+    check(got, same, truth, gradient=True, through=dtype)
 
 
 assert set(OPS) <= set(gk.OPS)

@@ -54,11 +54,12 @@ def test_grouped_gemm(case: cases.GroupedGemmCase, dtype: torch.dtype) -> None:
     check_gemm(_in_any_order, case, dtype)
 
 
-@pytest.mark.matrix(keep=2)
+@pytest.mark.matrix(keep=3)
+@pytest.mark.parametrize("add", [False, True], ids=["", "added"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
 @pytest.mark.parametrize("case", GEMMS[:3], ids=str)
-def test_grouped_gemm_backward(case: cases.GroupedGemmCase, dtype: torch.dtype) -> None:
-    check_gemm_backward(_in_any_order, case, dtype)
+def test_grouped_gemm_backward(case: cases.GroupedGemmCase, dtype: torch.dtype, add: bool) -> None:
+    check_gemm_backward(_in_any_order, case, dtype, add)
 
 
 @pytest.mark.matrix(keep=2)
@@ -67,6 +68,13 @@ def test_grouped_gemm_backward(case: cases.GroupedGemmCase, dtype: torch.dtype) 
 def test_layer_forward_and_backward(case: cases.ExpertMlpCase, dtype: torch.dtype) -> None:
     pre_NH = check_forward(_in_any_order, case, dtype)
     check_backward(_in_any_order, case, dtype, pre_NH)
+
+
+@pytest.mark.matrix(keep=2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_gradients_that_are_added(case: cases.ExpertMlpCase, dtype: torch.dtype) -> None:
+    check_backward(_in_any_order, case, dtype, add=True)
 
 
 @pytest.mark.matrix(keep=2)
@@ -167,6 +175,12 @@ def test_closed_forms_are_what_is_counted(dtype: torch.dtype, rows: int) -> None
     work = gpu_gemm.weight_grad([rows] * E, F, D, dtype)
     assert counts.mma_flops == work.mma_flops
     assert counts.bytes == work.bytes + 4 * (E + 1)
+    _, added = triton_host.run_on_ptx(
+        OPS["grouped_gemm_backward_add_"].triton("grouped_gemm_backward_add_"),
+        *(x_ND @ w_EFD[0].mT, x_ND, offset_E1, w_EFD.clone()),
+    )
+    assert added.mma_flops == counts.mma_flops
+    assert added.bytes == counts.bytes + w_EFD.nbytes
 
 
 @pytest.mark.matrix(keep=1)

@@ -202,6 +202,7 @@ def test_what_tensors_on_cuda_meet(a_gpu: None) -> None:
             (
                 *("expert_mlp", "expert_mlp_train", "expert_mlp_backward"),
                 *("grouped_gemm", "grouped_gemm_backward"),
+                *("expert_mlp_backward_add_", "grouped_gemm_backward_add_"),
             ),
             "triton",
         ),

@@ -17,9 +17,10 @@ from tests.checks import backends_of
 from tests.expert_mlp_oracle import DTYPES, NAMES, REFERENCE_ERROR, output_grad, true_gradients
 
 _FUSED = pytest.mark.parametrize("backend", backends_of("expert_mlp_backward_add_"))
-# A block of rows beyond any cache; sizes that nothing divides; frozen; unused; turned.
+# A block of rows beyond any cache, which an interpreter would take minutes for.
+_LARGE = cases.ExpertMlpCase(T=64, K=2, E=3, D=1024, F=1024)
+# Sizes that nothing divides; frozen; unused; turned.
 _CASES = [
-    cases.ExpertMlpCase(T=64, K=2, E=3, D=1024, F=1024),
     *[c for c in cases.expert_mlp if c.frozen or c.kind in ("one", "unused")][::3],
     cases.ExpertMlpCase("geglu", T=5, E=9, options={"transposed": True}),
 ]
@@ -39,10 +40,7 @@ def _step(
     op(*args, **options).backward(grad_TD)
 
 
-@_FUSED
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-@pytest.mark.parametrize("case", _CASES, ids=str)
-def test_the_sum_of_both(case: cases.ExpertMlpCase, dtype: torch.dtype, backend: str) -> None:
+def _check_sum(case: cases.ExpertMlpCase, dtype: torch.dtype, backend: str) -> None:
     given, options = case.build(dtype)
     args, grad_TD = _leaves(given), output_grad(case, dtype)
     before = [torch.randn(args[i].shape).to(dtype) for i in (3, 4)]
@@ -65,12 +63,25 @@ def test_the_sum_of_both(case: cases.ExpertMlpCase, dtype: torch.dtype, backend:
         assert torch.equal(held[i][untouched], before[i][untouched])
 
 
+@_FUSED
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("case", _CASES, ids=str)
+def test_the_sum_of_both(case: cases.ExpertMlpCase, dtype: torch.dtype, backend: str) -> None:
+    _check_sum(case, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize("backend", backends_of("expert_mlp_backward_add_", "cpu"))
+def test_the_sum_of_a_large_layer(backend: str, dtype: torch.dtype) -> None:
+    _check_sum(_LARGE, dtype, backend)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_the_same_bits_for_any_number_of_threads(threads: int) -> None:
     if gk.native.why_not() is not None:
         pytest.skip(gk.native.why_not())
-    args, options = _CASES[0].build(torch.bfloat16)
-    leaves, grad_TD = _leaves(args), output_grad(_CASES[0], torch.bfloat16)
+    args, options = _LARGE.build(torch.bfloat16)
+    leaves, grad_TD = _leaves(args), output_grad(_LARGE, torch.bfloat16)
     found, before = [], torch.get_num_threads()
     for n in (1, threads):
         torch.set_num_threads(n)
