@@ -15,6 +15,7 @@ from gose_kernels import (
     profiling,
     quantized,
 )
+from gose_kernels.backends import Backend
 from gose_kernels.gpu_plan import Plan, gpu_plan
 from gose_kernels.living import Adapter, LivingExperts, LoraExperts, read_peft, upcycle
 from gose_kernels.moe import MoE, RouteStats
@@ -47,7 +48,7 @@ from gose_kernels.packing import (
     quantize_experts,
     unpack_experts,
 )
-from gose_kernels.registry import OPS, Backend, Cost, Op, explain
+from gose_kernels.registry import OPS, Cost, Op, explain
 from gose_kernels.tuning import tune
 
 __all__ = [

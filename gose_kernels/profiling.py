@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gose_kernels import registry
+from gose_kernels.backends import Backend
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -47,7 +48,7 @@ class Counts:
     def call(
         self,
         op: registry.Op,
-        backend: registry.Backend,
+        backend: Backend,
         args: tuple[Any, ...],
         options: dict[str, Any],
     ) -> Any:
@@ -74,7 +75,7 @@ class Counts:
     def _run(
         self,
         label: str,
-        backend: registry.Backend,
+        backend: Backend,
         args: tuple[Any, ...],
         options: dict[str, Any],
     ) -> Any:

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from gose_kernels.registry import OPS, triton_interprets, triton_reason
+from gose_kernels.backends import triton_interprets, triton_reason
+from gose_kernels.registry import OPS
 from gose_kernels.triton import WARPS, choose_warps, warps_of
 
 _FORMAT = 1

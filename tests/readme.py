@@ -13,7 +13,7 @@ import gose.compress
 import gose_kernels as gk
 from benchmarks import _cells, route
 from benchmarks._peers import SHAPES
-from gose_kernels.registry import BACKENDS
+from gose_kernels.backends import BACKENDS
 
 README = Path(__file__).parent.parent / "README.md"
 _RESULTS = README.parent / "benchmarks" / "results"

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Left to right; modules of one layer may use each other.
 LAYERS = [
     ["gose_kernels.native", "gose_kernels.quantized"],
+    ["gose_kernels.backends"],
     ["gose_kernels.registry"],
     [
         "gose_kernels.profiling",

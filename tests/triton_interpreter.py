@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import TensorHandle
 
-from gose_kernels.registry import triton_interprets
+from gose_kernels.backends import triton_interprets
 
 
 def float32_of(bits: np.ndarray) -> np.ndarray:

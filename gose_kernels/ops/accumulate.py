@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gose_kernels.backends import native, reference, triton
 from gose_kernels.ops import expert_mlp as mlp
 from gose_kernels.ops import grouped_gemm as gemm
 from gose_kernels.ops.mlp_call import (
@@ -27,7 +28,7 @@ from gose_kernels.ops.mlp_call import (
     empty_gradients,
 )
 from gose_kernels.packing import DTYPES
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.registry import Cost, register
 
 
 def _check_into(op: str, name: str, into: Tensor | None, shape: Any, dtype: torch.dtype) -> None:

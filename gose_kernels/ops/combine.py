@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, bfloat16, float16, float32
 
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.backends import native, reference, triton
+from gose_kernels.registry import Cost, register
 
 
 def _check(name: str, y_ND: Tensor, weight_TK: Tensor, row_TK: Tensor) -> None:

@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, int32
 
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.backends import native, reference, triton
+from gose_kernels.registry import Cost, register
 
 
 def _check(expert_TK: Tensor, num_experts: int) -> None:

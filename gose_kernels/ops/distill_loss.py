@@ -46,7 +46,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, float16, float32
 
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.backends import native, reference, triton
+from gose_kernels.registry import Cost, register
 
 
 class DistillCall(NamedTuple):

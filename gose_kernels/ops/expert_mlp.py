@@ -59,6 +59,7 @@ import torch
 from torch import Tensor
 
 from gose_kernels import memory, repeats
+from gose_kernels.backends import native, reference, triton
 from gose_kernels.ops.mlp_call import (
     BackwardCall,
     MlpCall,
@@ -75,7 +76,7 @@ from gose_kernels.packing import (
     packed_experts,
     path_of,
 )
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.registry import Cost, register
 
 
 def _split(pre_NH: Tensor, call: MlpCall) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gose_kernels.backends import native, reference, triton
 from gose_kernels.ops import expert_mlp as mlp
 from gose_kernels.ops.activations import ACTIVATIONS
 from gose_kernels.ops.mlp_call import MlpCall, check, check_options, mlp_numbers, want
 from gose_kernels.packing import DTYPES, expert_bytes, unpack_experts
 from gose_kernels.quantized import check_weights
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.registry import Cost, register
 
 
 class PackedCall(NamedTuple):

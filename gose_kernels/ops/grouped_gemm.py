@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from gose_kernels import memory
+from gose_kernels.backends import native, reference, triton
 from gose_kernels.packing import DTYPES, packed_matrix, path_of
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.registry import Cost, register
 
 
 def _check_offset(name: str, offset_E1: Tensor) -> None:

@@ -24,7 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, float32
 
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.backends import native, reference
+from gose_kernels.registry import Cost, register
 
 
 def _check(x_MN: Tensor, q_NR: Tensor, residual_MN: Tensor | None) -> None:

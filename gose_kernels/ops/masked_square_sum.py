@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gose_kernels import masks
-from gose_kernels.registry import Cost, native, reference, register
+from gose_kernels.backends import native, reference
+from gose_kernels.registry import Cost, register
 
 
 def _check(grad: Sequence[Tensor], frozen: Sequence[Tensor], threshold: Sequence[float]) -> None:

@@ -53,7 +53,8 @@ import torch
 from torch import Tensor
 
 from gose_kernels import masks, philox
-from gose_kernels.registry import Cost, Op, native, reference, register, triton
+from gose_kernels.backends import native, reference, triton
+from gose_kernels.registry import Cost, Op, register
 
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from gose_kernels import repeats
+from gose_kernels.backends import native, reference, triton
 from gose_kernels.ops import expert_mlp, route_call
 from gose_kernels.ops.mlp_call import MlpCall
 from gose_kernels.ops.mlp_call import check as check_mlp
@@ -37,7 +38,7 @@ from gose_kernels.packing import (
     numbers_then,
     packed_matrix,
 )
-from gose_kernels.registry import OPS, Cost, native, reference, register, triton
+from gose_kernels.registry import OPS, Cost, register
 
 _MLP_OPTIONS = ("activation", "interleaved", "transposed", "limit", "alpha")
 

@@ -49,8 +49,9 @@ import torch
 from torch import Tensor, float16, float32
 
 from gose_kernels import masks, philox
+from gose_kernels.backends import native, reference, triton
 from gose_kernels.masks import check_frozen
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.registry import Cost, register
 
 
 class Format(NamedTuple):

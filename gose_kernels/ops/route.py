@@ -61,6 +61,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, bfloat16, float16, float32, int32
 
+from gose_kernels.backends import native, reference, triton
 from gose_kernels.ops.route_call import (
     CUDA_BANDS,
     CUDA_EXPERTS,
@@ -69,7 +70,7 @@ from gose_kernels.ops.route_call import (
     check,
     pack_options,
 )
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.registry import Cost, register
 
 
 def _entropy(call: RouteCall) -> Tensor:

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gose_kernels.registry import Cost, native, reference, register, triton
+from gose_kernels.backends import native, reference, triton
+from gose_kernels.registry import Cost, register
 
 # Elements of per-sample gradients that exist at one time: 16 MiB of float32.
 _BLOCK_ELEMENTS = 1 << 22

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gose_kernels.registry import triton_interprets
+from gose_kernels.backends import triton_interprets
 from tests.gpu import cuda_host
 from tests.gpu.kept import Kept
 

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gose_kernels as gk
-from gose_kernels import native, registry
+from gose_kernels import backends, native
 from tests.checks import assert_chain_close_to_truth
 from tests.gpu import triton_host
 
@@ -32,8 +32,8 @@ def _forget() -> None:
 def _triton_on_cpu() -> Iterator[None]:
     """Triton's backends take CPU tensors, as under its interpreter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "triton_interprets", lambda: True)
-        patch.setattr(registry, "triton_reason", lambda: None)
+        patch.setattr(backends, "triton_interprets", lambda: True)
+        patch.setattr(backends, "triton_reason", lambda: None)
         _forget()
         yield
         _forget()
@@ -43,7 +43,7 @@ def _triton_on_cpu() -> Iterator[None]:
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if torch saw one and the library had CUDA kernels."""
     for name in ("triton_reason", "cuda_reason"):
-        monkeypatch.setattr(registry, name, lambda: None)
+        monkeypatch.setattr(backends, name, lambda: None)
     for name in ("why_not", "why_not_cuda"):
         monkeypatch.setattr(native, name, lambda: None)
 

@@ -5,7 +5,7 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels -k triton
 
 from __future__ import annotations
 
-from gose_kernels.registry import triton_interprets
+from gose_kernels.backends import triton_interprets
 
 collect_ignore: list[str] = []
 if triton_interprets():

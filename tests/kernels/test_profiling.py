@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import gose_kernels as gk
-from gose_kernels.registry import Cost, reference, register
+from gose_kernels.backends import reference
+from gose_kernels.registry import Cost, register
 
 
 def _inner_reference(x_P: Tensor) -> Tensor:

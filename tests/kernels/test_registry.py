@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import gose_kernels as gk
-from gose_kernels.registry import Backend, Cost, reference, register
+from gose_kernels.backends import Backend, reference
+from gose_kernels.registry import Cost, register
 
 
 def _double_reference(x_P: Tensor, *, scale: float = 1.0) -> Tensor:
