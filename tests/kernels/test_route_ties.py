@@ -148,7 +148,7 @@ def test_drawn_ties_between_tokens(backend, E, options, matrix_seed):
     # Tokens tie if their rows are equal; the scales keep p of other rows apart, as rows of the same
     # numbers in another order have p that differ by rounding alone.
     draw = random.Random(f"{matrix_seed} {E}")
-    for _ in range(40):
+    for _ in range(10 if backend == "triton" else 40):  # an interpreter runs it
         kinds = rows_of(drawn_orders(E, 2, draw))[[0, 3]] * torch.tensor([[1.0], [1.37]])
         picks = [draw.randrange(2) for _ in range(draw.randint(1, ROWS))]
         check_ties(kinds[picks], options, draw.randint(1, E), backend)
