@@ -66,7 +66,7 @@ def weight_grad(loads: Sequence[int], A: int, B: int, dtype: torch.dtype) -> Wor
     """The gradient [E, A, B] of weights, every row of both sides used."""
     N, E, tile = sum(loads), len(loads), tile_of(dtype)
     moved = (N * (A + B) + E * A * B) * dtype.itemsize
-    steps = sum(_up(n, tile.depth) for n in loads)
+    steps = sum(_up(n, 16) for n in loads)
     issued = 2 * steps * _up(A, tile.rows) * _up(B, tile.columns) * _PRODUCTS[dtype]
     return Work(moved, 2 * N * A * B, issued, 1)
 

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import current_target
 
 from gose_kernels.triton import declares, size_of, threads_per_warp
 
@@ -189,11 +190,28 @@ def rows_of(map_ptr, num_tiles, tile, ROWS: tl.constexpr):
 
 
 @triton.constexpr_function
+def products_run_ahead():
+    """Whether matrix units take their operands from shared memory while the warps go on (sm_90 and
+    sm_100; sm_120 is like sm_80)."""
+    target = current_target()
+    return target is not None and target.backend == "cuda" and 90 <= target.arch < 120
+
+
+@triton.constexpr_function
 def piece_of(rows, bits, depth):
-    """Elements of a step that one product takes: 64 bytes of a row, 128 of 16 rows of halves. All
-    pieces of a row share its address, and of several products in a step Triton carries no
-    fragments to the next one, which would cost a move of every register."""
+    """Elements of a step that one product takes. Where products run ahead all of them: of several
+    each would wait for the one before. Else 64 bytes of a row, 128 of 16 rows of halves: all pieces
+    of a row share its address, and of several products in a step Triton carries no fragments to the
+    next one, which would cost a move of every register."""
+    if products_run_ahead():
+        return depth
     return min(depth // 2, (1024 if rows * bits == 256 else 512) // bits)
+
+
+@triton.constexpr_function
+def piece_of_rows(bits, depth):
+    """Rows of a step that one product takes where the sum runs over rows, as `piece_of`."""
+    return depth if products_run_ahead() or bits == 32 else 16
 
 
 @triton.jit

@@ -16,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gose_kernels.triton import declares, size_of
-from gose_kernels.triton.tiles import Tile, by_element, precision
+from gose_kernels.triton.tiles import Tile, ahead, by_element, piece_of_rows, precision
 
-# An expert's rows are its sum: short steps, so that the last one wastes little.
-_HALF, _SINGLE = Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 3)
+_HALF, _SINGLE = Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 3)
 _BIAS_ROWS, _BIAS_COLUMNS = 32, 128
 
 Side = Literal["", "left", "right"]
@@ -56,6 +55,68 @@ def _live_units(unit_ptr, e, a, valid, U, PAIRS: tl.constexpr):
     return tl.load(unit_ptr + e * U + unit, mask=valid, other=1) == 0
 
 
+@triton.jit
+def _rows_at(at, n, stride, GATHERED: tl.constexpr, TURNED: tl.constexpr):
+    """Pointers to the rows n, unless tokens will say which they are."""
+    row = n.to(tl.int64) * stride
+    return at if GATHERED else at + (row[None, :] if TURNED else row[:, None])
+
+
+@triton.jit
+def _columns(
+    at,  # [columns] by [PIECE] pointers to the first rows of this step; to row 0 if GATHERED
+    token_ptr,
+    n,  # [PIECE] rows
+    piece,
+    last,
+    valid,  # [columns]
+    stride,
+    GATHERED: tl.constexpr,
+    TURNED: tl.constexpr,  # at and what is loaded have columns first
+    WHOLE: tl.constexpr,  # all rows and columns are there
+):
+    """What a product reads of one side."""
+    if GATHERED:
+        token = tl.load(token_ptr + n) if WHOLE else tl.load(token_ptr + n, mask=n < last, other=0)
+        row = token.to(tl.uint32).to(tl.int64) * stride  # of 32 bits without a sign: one multiply
+        at = at + (row[None, :] if TURNED else row[:, None])
+    else:
+        at = ahead(at, piece, stride)
+    if WHOLE:
+        return tl.load(at)
+    inside = n < last
+    keep = valid[:, None] & inside[None, :] if TURNED else inside[:, None] & valid[None, :]
+    return tl.load(at, mask=keep, other=0.0)
+
+
+@triton.jit
+def _product(
+    acc,
+    left_at,
+    right_at,
+    token_ptr,
+    n,
+    piece,
+    last,
+    valid_a,
+    valid_b,
+    stride_ln,
+    stride_rn,
+    GATHER: tl.constexpr,
+    WHOLE_A: tl.constexpr,
+    WHOLE_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + left^T @ right over the rows n. Loaded turned, so that both sides are copied
+    asynchronously as they stand."""
+    GATHER_A: tl.constexpr = GATHER == "left"
+    GATHER_B: tl.constexpr = GATHER == "right"
+    step = (token_ptr, n, piece, last)
+    left = _columns(left_at, *step, valid_a, stride_ln, GATHER_A, True, WHOLE_A)
+    right = _columns(right_at, *step, valid_b, stride_rn, GATHER_B, False, WHOLE_B)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
 def _weight_grad_work(args: Mapping[str, Any]) -> tuple[int, int]:
     """Nothing counts as frozen; the rows of both sides, of tokens or not, are read once."""
     left, right, token, out = (args[f"{n}_ptr"] for n in ("left", "right", "token", "out"))
@@ -87,6 +148,8 @@ def _weight_grad_kernel(
     UNITS: tl.constexpr,  # the side whose elements belong to units, or ""
     GATHER: tl.constexpr,  # "left", "right" or ""
     ADD: tl.constexpr,
+    WHOLE_A: tl.constexpr,
+    WHOLE_B: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -112,28 +175,36 @@ def _weight_grad_kernel(
     if ADD and last <= first:
         return
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    left_at = left_ptr + (a * stride_la)[None, :]
+    PIECE: tl.constexpr = piece_of_rows(left_ptr.dtype.element_ty.primitive_bitwidth, DEPTH)
+    strides, valid = (stride_ln, stride_rn), (valid_a, valid_b)
+    left_at = left_ptr + (a * stride_la)[:, None]
     right_at = right_ptr + (b * stride_rb)[None, :]
-    for start in range(first, last, DEPTH):
-        n = start + tl.arange(0, DEPTH)
-        inside = n < last
-        row = n.to(tl.int64)
-        left_row, right_row = row, row
-        if GATHER == "left":
-            left_row = tl.load(token_ptr + n, mask=inside, other=0).to(tl.int64)
-        elif GATHER == "right":
-            right_row = tl.load(token_ptr + n, mask=inside, other=0).to(tl.int64)
-        left = tl.load(
-            left_at + (left_row * stride_ln)[:, None],
-            mask=inside[:, None] & valid_a[None, :],
-            other=0.0,
-        )
-        right = tl.load(
-            right_at + (right_row * stride_rn)[:, None],
-            mask=inside[:, None] & valid_b[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(tl.trans(left), right, acc, input_precision=PRECISION)
+    whole = first + (last - first) // DEPTH * DEPTH
+    r = tl.arange(0, PIECE)
+    left_here = _rows_at(left_at, first + r, stride_ln, GATHER == "left", True)
+    right_here = _rows_at(right_at, first + r, stride_rn, GATHER == "right", False)
+    for start in range(first, whole, DEPTH):
+        for piece in tl.static_range(0, DEPTH, PIECE):
+            step = (left_here, right_here, token_ptr, start + piece + r, piece, last)
+            acc = _product(acc, *step, *valid, *strides, GATHER, WHOLE_A, WHOLE_B, PRECISION)
+        if GATHER != "left":
+            left_here = ahead(left_here, DEPTH, stride_ln)
+        if GATHER != "right":
+            right_here = ahead(right_here, DEPTH, stride_rn)
+    # The rows that are left, in a loop of few registers: masks would cost some in every step.
+    if PIECE > 16:
+        r = tl.arange(0, 16)
+        left_here = _rows_at(left_at, whole + r, stride_ln, GATHER == "left", True)
+        right_here = _rows_at(right_at, whole + r, stride_rn, GATHER == "right", False)
+    for piece in tl.range(0, last - whole, 16, num_stages=1):
+        step = (left_here, right_here, token_ptr, whole + piece + r, piece, last)
+        acc = _product(acc, *step, *valid, *strides, GATHER, False, False, PRECISION)
+    # Loaded behind a barrier, or it would fill registers in every step.
+    tl.debug_barrier()
+    if UNITS == "left":
+        live = _live_units(unit_ptr, e, a, valid_a, U, PAIRS)
+    elif UNITS == "right":
+        live = _live_units(unit_ptr, e, b, valid_b, U, PAIRS)
     out_at = out_ptr + (e * A + a)[:, None] * B + b[None, :]
     keep = valid_a[:, None] & valid_b[None, :]
     if ADD:
@@ -141,8 +212,6 @@ def _weight_grad_kernel(
             keep &= live[:, None]
         elif UNITS == "right":
             keep &= live[None, :]
-        # Behind a barrier: loaded earlier, it would cost sm_100 a block per multiprocessor.
-        tl.debug_barrier()
         acc += tl.load(out_at, mask=keep, other=0.0).to(tl.float32)
     # Selected, not multiplied: what is frozen may be NaN.
     elif UNITS == "left":
@@ -254,6 +323,8 @@ def weight_grad(
                 UNITS=units if frozen.units_EU is not None else "",
                 GATHER=gather,
                 ADD=into is not None,
+                WHOLE_A=A % tile.rows == 0,
+                WHOLE_B=B % tile.columns == 0,
                 PRECISION=precision(left.dtype),
                 ROWS=tile.rows,
                 COLUMNS=tile.columns,

@@ -42,12 +42,13 @@ def cuobjdump(*args: str | Path) -> str:
     return done.stdout
 
 
-def resident_warps(registers: int, shared: int, threads: int) -> int:
+def resident_warps(arch: str, registers: int, shared: int, threads: int) -> int:
     """Of 64, by the limits of a multiprocessor: 65536 registers, handed to warps by 256 (8 a
-    thread), 2048 threads, 32 blocks, 164 KB shared with 1 KB of each block for the system."""
+    thread), 2048 threads, 32 blocks, 164 KB shared (228 from sm_90 on) with 1 KB of each block for
+    the system."""
     warps = -(-threads // 32)
     by_registers = 65536 // (32 * (-(-registers // 8) * 8)) // warps
-    by_shared = (164 * 1024) // (shared + 1024)
+    by_shared = (164 if arch == "sm_80" else 228) * 1024 // (shared + 1024)
     return min(by_registers, by_shared, 64 // warps, 32) * warps
 
 
@@ -89,7 +90,7 @@ def of_cuda(library: Path, threads: int) -> Iterator[tuple[str, str, Report]]:
                     registers,
                     stack + local,
                     shared,
-                    resident_warps(registers, shared, threads),
+                    resident_warps(arch, registers, shared, threads),
                     max(_widest(code, "LDG"), _widest(code, "LDGSTS")),
                     _widest(code, "STG"),
                     _notable(code, NOTABLE),
@@ -113,8 +114,9 @@ COPIES = ("LDSM", "LDGSTS", "UTMALDG", "LDGDEPBAR", "DEPBAR", "BAR", "LDS RZ")
 
 
 def main_loop(compiled: Any, folder: Path) -> Counter[str]:
-    """How often each opcode stands in the shortest loop that multiplies matrices, by its SASS: from
-    where its last branch leads back to up to that branch."""
+    """How often each opcode stands in the shortest loop that multiplies matrices and copies ahead,
+    by its SASS: from where its last branch leads back to up to that branch. The last rows of a sum
+    may have a loop of their own, which waits for its loads."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     found = re.findall(
@@ -128,8 +130,8 @@ def main_loop(compiled: Any, folder: Path) -> Counter[str]:
             body = [t for address, t in code if int(back[1], 16) <= address <= last]
             names = (re.match(r"LDS RZ|\w+", t) for t in body)
             loops.append(Counter(name[0] for name in names if name is not None))
-    loops = [loop for loop in loops if any(loop[p] for p in PRODUCTS)]
-    assert loops, "no loop multiplies"
+    loops = [loop for loop in loops if any(loop[p] for p in PRODUCTS) and loop["LDGDEPBAR"]]
+    assert loops, "no loop multiplies and copies"
     shortest = min(loops, key=Counter.total)
     del shortest["NOP"]
     return shortest
@@ -163,7 +165,7 @@ def of_triton(compiled: Any, folder: Path) -> Report:
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     threads = 32 * compiled.metadata.num_warps
-    ((_, _, report),) = of_cuda(cubin, threads)
+    ((arch, _, report),) = of_cuda(cubin, threads)
     shared = compiled.metadata.shared  # given at launch: the cubin does not tell
-    warps = resident_warps(report.registers, shared, threads)
+    warps = resident_warps(arch, report.registers, shared, threads)
     return report._replace(shared=shared, warps=warps)

@@ -218,7 +218,8 @@ GEMMS = [
     cases.GroupedGemmCase(700, 1, 40, 80, unused=3),
 ]
 
-# The three forms of pre, every phi, unused slots, frozen experts and units, strided rows.
+# The three forms of pre, every phi, unused slots, frozen experts and units, strided rows; last,
+# whole tiles and steps.
 LAYERS = [
     cases.ExpertMlpCase("swiglu", T=9, D=20, F=12, kind="unused", bias=True, frozen=True),
     cases.ExpertMlpCase(
@@ -227,6 +228,7 @@ LAYERS = [
     cases.ExpertMlpCase("gelu", T=9, D=16, F=24, kind="empty-experts", strided=True, frozen=True),
     cases.ExpertMlpCase("geglu_tanh", T=40, E=2, D=16, F=24, scale=4, options={"limit": 1.5}),
     cases.ExpertMlpCase("relu2", T=70, K=1, E=1, D=8, F=8, kind="one-expert", bias=True),
+    cases.ExpertMlpCase("swiglu", T=150, K=1, E=1, D=128, F=128, frozen=True),
 ]
 
 # A router, a capacity, odd sizes and few tokens.

@@ -57,7 +57,7 @@ def test_grouped_gemm(case: cases.GroupedGemmCase, dtype: torch.dtype) -> None:
 @pytest.mark.matrix(keep=3)
 @pytest.mark.parametrize("add", [False, True], ids=["", "added"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=_ids)
-@pytest.mark.parametrize("case", GEMMS[:3], ids=str)
+@pytest.mark.parametrize("case", GEMMS, ids=str)
 def test_grouped_gemm_backward(case: cases.GroupedGemmCase, dtype: torch.dtype, add: bool) -> None:
     check_gemm_backward(_in_any_order, case, dtype, add)
 
