@@ -87,14 +87,19 @@ def _square_sum_parts(grad: Tensor) -> int:
     return -(-grad.numel() // _SQUARE_CHUNK)
 
 
-def _square_sum_reductions(backend: str, grad: list[Tensor], *_args: Any) -> int:
+def _square_sum_reductions(backend: str, grad: list[Tensor], frozen: list[Tensor]) -> int:
     """Of every chunk's sums in 128 threads, then of every tensor's chunks."""
-    tensors, parts = len(grad), sum(_square_sum_parts(g) for g in grad)
+    parts = [_square_sum_parts(g) for g in grad]
     if backend == "cuda":  # the shuffles of four warps, whose sums one thread adds
-        return (parts + tensors) * (4 * WARP * 5 + 3) + parts
-    of_parts = sum(128 * -(-_square_sum_parts(g) // 128) for g in grad)
-    chunk = _row_sums(1, _SQUARE_CHUNK, 128, 4) - _SQUARE_CHUNK
-    return parts * chunk + of_parts + tensors * _row_sums(1, 128, 128, 8)
+        return (sum(parts) + len(grad)) * (4 * WARP * 5 + 3) + sum(parts)
+    added = 0
+    for n, g in enumerate(grad):
+        by_element = bool(frozen) and frozen[n].shape == g.shape  # added to zeros in two passes
+        side_by_side = _SQUARE_CHUNK // 2 if by_element else _SQUARE_CHUNK
+        squares = 0 if by_element else _SQUARE_CHUNK
+        added += parts[n] * (_row_sums(1, side_by_side, 128, 4) - squares)
+        added += 128 * -(-parts[n] // 128) + _row_sums(1, 128, 128, 8)
+    return added
 
 
 # Additions that a kernel makes beyond its op's declared flops.

@@ -22,6 +22,9 @@ from gose_kernels.triton import BYTES_PER_LOAD, declares, size_of, threads_per_w
 from gose_kernels.triton.masks import NONE, SCORES, is_frozen, units_of
 
 _ELEMENTS = 4096  # of a program
+_PASSES = (
+    2  # over them where each has a mask value: ptxas reserves stack for one pass, and for four
+)
 _PARTS = 128  # sums that are added side by side
 _WARPS = 4  # not to be tuned: the order of a sum depends on it
 
@@ -30,7 +33,8 @@ def _square_work(args: Mapping[str, Any]) -> tuple[int, int]:
     """As if all were live: what is frozen is known on the device alone."""
     P = args["U"] * args["INNER"]
     mask = size_of(args["frozen_ptr"]) if args["KIND"] != NONE.value else 0
-    parts = -(-P // (args["ROWS"] * args["COLUMNS"]))
+    passes = args["PASSES"] if args["ELEMENTS"] else 1
+    parts = -(-P // (passes * args["ROWS"] * args["COLUMNS"]))
     return P * args["grad_ptr"].element_size() + mask + 8 * (parts + 1), 2 * P
 
 
@@ -49,26 +53,31 @@ def _square_kernel(
     first,
     KIND: tl.constexpr,
     ELEMENTS: tl.constexpr,  # every element is a unit
+    PASSES: tl.constexpr,  # of ROWS vectors of elements
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    if ELEMENTS:  # neighbours along the columns: they are loaded where any of them is live
-        row = (program * ROWS + tl.arange(0, ROWS))[:, None]
-        at = row * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        inside = at < INNER
-        live = is_frozen(frozen_ptr, at, inside, threshold, KIND) == 0
-        moved = inside & (tl.max(live.to(tl.int32), axis=1)[:, None] > 0)
+    if ELEMENTS:  # vectors along the columns: they are loaded where any of their elements is live
+        total = tl.zeros([ROWS, COLUMNS], tl.float64)
+        for step in range(PASSES):
+            row = ((program * PASSES + step) * ROWS + tl.arange(0, ROWS))[:, None]
+            at = row * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+            inside = at < INNER
+            live = is_frozen(frozen_ptr, at, inside, threshold, KIND) == 0
+            moved = inside & (tl.max(live.to(tl.int32), axis=1)[:, None] > 0)
+            x = tl.load(grad_ptr + at, mask=moved, other=0.0).to(tl.float64)
+            total += tl.where(live, x * x, 0.0)
+        part = tl.sum(total)
     else:
         across = tl.cdiv(INNER, COLUMNS)
         unit = (program // across * ROWS + tl.arange(0, ROWS))[:, None]
         column = (program % across * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-        at = unit * INNER + column
         live = is_frozen(frozen_ptr, unit, unit < U, threshold, KIND) == 0
         live = live & (column < INNER)
-        moved = live
-    x = tl.load(grad_ptr + at, mask=moved, other=0.0).to(tl.float64)
-    tl.store(part_ptr + first + program, tl.sum(tl.where(live, x * x, 0.0)))
+        x = tl.load(grad_ptr + unit * INNER + column, mask=live, other=0.0).to(tl.float64)
+        part = tl.sum(x * x)
+    tl.store(part_ptr + first + program, part)
     if tl.program_id(0) == 0:
         tl.store(end_ptr + tensor, first + tl.num_programs(0).to(tl.int64))
 
@@ -107,7 +116,7 @@ class _Entry:
             self.sizes, columns = (1, numel), BYTES_PER_LOAD // grad.element_size()
             if self.kind == SCORES.value:
                 columns = BYTES_PER_LOAD // 4
-            self.tile = (_ELEMENTS // columns, columns)
+            self.tile = (_ELEMENTS // _PASSES // columns, columns)
             self.programs = triton.cdiv(numel, _ELEMENTS)
         else:
             self.sizes = (units, numel // units) if numel > 0 else (0, 1)
@@ -146,6 +155,7 @@ def masked_square_sum(
                 first,
                 KIND=e.kind,
                 ELEMENTS=e.elements,
+                PASSES=_PASSES,
                 ROWS=e.tile[0],
                 COLUMNS=e.tile[1],
                 num_warps=_WARPS,

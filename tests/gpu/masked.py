@@ -132,7 +132,7 @@ def square_sum_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]
     ):
         frozen = [] if mask is None else [meta(*mask, dtype=kind)]
         options = Options(threshold=[0.5] if kind == torch.float32 else [])
-        yield f"4096-{mask}", ([meta(64, 4096, dtype=dtype)], frozen, options)
+        yield f"4096-{mask}-{kind}", ([meta(64, 4096, dtype=dtype)], frozen, options)
     for i in range(1, 10):
         frozen = [meta(64, 1, dtype=torch.bool)]
         yield f"{1 << i}", ([meta(64, 1 << i, dtype=dtype)], frozen, Options())

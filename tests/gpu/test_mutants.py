@@ -221,9 +221,12 @@ TRITON_MUTANTS = [
         "bound of columns", _SQUARES, "live & (column < INNER)", "live & (column <= INNER)"
     ),
     TritonMutant("bound of sums", _SQUARES, "mask=at < end", "mask=at <= end"),
-    TritonMutant("stride swapped", _SQUARES, "at = unit * INNER", "at = unit * COLUMNS"),
+    TritonMutant("stride swapped", _SQUARES, "unit * INNER + column", "unit * COLUMNS + column"),
     TritonMutant("mask dropped", _SQUARES, "tl.where(live, x * x, 0.0)", "x * x"),
-    TritonMutant("dtype truncated", _SQUARES, "other=0.0).to(tl.float64)", "other=0.0)"),
+    TritonMutant(
+        "dtype truncated", _SQUARES, "mask=live, other=0.0).to(tl.float64)", "mask=live, other=0.0)"
+    ),
+    TritonMutant("vector left out", _SQUARES, "program * PASSES + step", "program * PASSES"),
     TritonMutant(
         "sums of another", _SQUARES, "tl.load(end_ptr + n - 1,", "tl.load(end_ptr + n - n,"
     ),
