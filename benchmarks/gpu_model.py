@@ -3,9 +3,9 @@
     seconds = launches * LAUNCH_SECONDS + max(bytes / (BANDWIDTH_SHARE * bandwidth), flops / peak)
 
 bytes: every input read once and every output written once (the op's declared cost; the tests assert
-that it is what the compiled kernels move). flops: of float32 units, reductions included. Data-sheet
-peaks; the shares are assumptions until a GPU calibrates them. Caches, latency and the last wave of
-blocks are left out.
+that it is what the compiled kernels move). flops: of float32 units, reductions included; those of
+masked_square_sum are float64. Data-sheet peaks; the shares are assumptions until a GPU calibrates
+them. Caches, latency and the last wave of blocks are left out.
 
     python -m benchmarks gpu-model [--json]
 """
@@ -80,8 +80,33 @@ def _combine_backward_reductions(backend: str, grad: Tensor, *args: Tensor) -> i
     return T * _row_sums(rows, columns, warps * WARP, item)
 
 
+_SQUARE_CHUNK = 4096  # elements of a block, of whole tiles in Triton
+
+
+def _square_sum_parts(grad: Tensor) -> int:
+    return -(-grad.numel() // _SQUARE_CHUNK)
+
+
+def _square_sum_reductions(backend: str, grad: list[Tensor], frozen: list[Tensor]) -> int:
+    """Of every chunk's sums in 128 threads, then of every tensor's chunks."""
+    parts = [_square_sum_parts(g) for g in grad]
+    if backend == "cuda":  # the shuffles of four warps, whose sums one thread adds
+        return (sum(parts) + len(grad)) * (4 * WARP * 5 + 3) + sum(parts)
+    added = 0
+    for n, g in enumerate(grad):
+        by_element = bool(frozen) and frozen[n].shape == g.shape  # added to zeros in two passes
+        side_by_side = _SQUARE_CHUNK // 2 if by_element else _SQUARE_CHUNK
+        squares = 0 if by_element else _SQUARE_CHUNK
+        added += parts[n] * (_row_sums(1, side_by_side, 128, 4) - squares)
+        added += 128 * -(-parts[n] // 128) + _row_sums(1, 128, 128, 8)
+    return added
+
+
 # Additions that a kernel makes beyond its op's declared flops.
-REDUCTIONS: dict[str, Callable[..., int]] = {"combine_backward": _combine_backward_reductions}
+REDUCTIONS: dict[str, Callable[..., int]] = {
+    "combine_backward": _combine_backward_reductions,
+    "masked_square_sum": _square_sum_reductions,
+}
 
 
 def _quantize_flops(
@@ -140,7 +165,16 @@ LAUNCHES = {
     "route": 2,
     "route_backward": 3,
     "masked_adam_": 2,
+    "masked_square_sum": 2,
 }
+
+
+def _launches(op: str, backend: str, *args: Any) -> int:
+    """Kernels of a call. Triton's of lists are of a tensor each, but for the one of all sums."""
+    each = LAUNCHES.get(op, 1)
+    if backend != "triton" or not op.startswith("masked"):
+        return each
+    return len(args[0]) + 1 if op == "masked_square_sum" else each * len(args[0])
 
 
 def _route_scratch(backend: str, score: Tensor) -> int:
@@ -174,6 +208,9 @@ def scratch_bytes(op: str, backend: str, *args: Any) -> int:
         return _route_backward_scratch(backend, args[0])
     if op.startswith("distill_loss"):
         return int(4 * args[0].shape[0] + 4)  # the terms, and their mean
+    if op == "masked_square_sum":  # sums of chunks, and where Triton's of a tensor end
+        ends = 2 * 8 * len(args[0]) if backend == "triton" else 0
+        return ends + 2 * 8 * sum(_square_sum_parts(g) for g in args[0])
     if op in FLOPS and op.startswith("masked"):
         return int(args[7].element_size() + 4 * len(args[3]))
     if op != "dispatch":
@@ -200,9 +237,9 @@ def work(op: str, backend: str, *args: Any, **options: Any) -> Work:
     """
     cost = gk.OPS[op].cost_of(*args, **options)
     if op in FLOPS:
-        return Work(cost.bytes, FLOPS[op](backend, *args, **options), LAUNCHES.get(op, 1))
+        return Work(cost.bytes, FLOPS[op](backend, *args, **options), _launches(op, backend, *args))
     extra = REDUCTIONS[op](backend, *args) if op in REDUCTIONS else 0
-    return Work(cost.bytes, cost.flops + extra, LAUNCHES.get(op, 1))
+    return Work(cost.bytes, cost.flops + extra, _launches(op, backend, *args))
 
 
 def predicted_seconds(work: Work, device: Device) -> tuple[float, str]:
@@ -271,6 +308,10 @@ ARGUMENTS: dict[str, Callable[[Shape], tuple[Any, ...]]] = {
     "masked_adam_": partial(_masked, 2),
     "masked_lion_": partial(_masked, 1),
     "masked_sgd_": partial(_masked, 0),
+    "masked_square_sum": lambda s: (
+        [_meta(s.T, s.D, dtype=torch.float32)],
+        [_meta(s.T, 1, dtype=torch.bool)],
+    ),
     "quantize": lambda s: (
         _meta(s.T, s.D, dtype=torch.float32),
         _meta(s.T, s.D, dtype=torch.float32),

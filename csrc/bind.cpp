@@ -169,10 +169,11 @@ int64_t scratch_bytes() { return ScratchPool::of_process().held(); }
 void release_scratch() { ScratchPool::of_process().release(); }
 
 Tensor masked_square_sum(Tensors grad, Tensors frozen, std::vector<double> threshold) {
-  SquareSumCall call("masked_square_sum", grad, frozen, threshold);
+  const SquareSumCall call("masked_square_sum", grad, frozen, threshold);
   Tensor out = torch::stable::new_empty(grad.at(0), {int64_t(grad.size())}, ScalarType::Double);
-  cpu::kernels().masked_square_sum(call.params(static_cast<double*>(out.mutable_data_ptr())),
-                                   kTorchThreads);
+  std::vector<double> partial(call.chunks());
+  cpu::kernels().masked_square_sum(
+      {call.list(), partial.data(), static_cast<double*>(out.mutable_data_ptr())}, kTorchThreads);
   return out;
 }
 

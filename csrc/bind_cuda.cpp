@@ -151,6 +151,13 @@ void dequantize_at(Tensor out_P, Tensor code, Tensor scale, std::optional<Tensor
   launch(op, out_P, params, &cuda::dequantize);
 }
 
+void check_list_device(const char* op, const char* name, const Tensors& list,
+                       const char* other_name, const Tensor& other) {
+  for (size_t n = 0; n < list.size(); ++n) {
+    check_device(op, at_index(name, n).c_str(), list[n], other_name, other);
+  }
+}
+
 // lr and grad_scale stay on the device; all tensors are there.
 UpdateScalars update_scalars(const UpdateArguments& a, double decay, bool maximize) {
   UpdateScalars out;
@@ -166,11 +173,7 @@ UpdateScalars update_scalars(const UpdateArguments& a, double decay, bool maximi
   const std::pair<const char*, const Tensors*> lists[] = {
       {"param", &a.param},   {"grad", &a.grad},     {"state", &a.state}, {"step", &a.step},
       {"master", &a.master}, {"frozen", &a.frozen}, {"row", &a.row}};
-  for (const auto& [name, list] : lists) {
-    for (size_t n = 0; n < list->size(); ++n) {
-      check_device(a.op, at_index(name, n).c_str(), (*list)[n], "lr", a.lr);
-    }
-  }
+  for (const auto& [name, list] : lists) check_list_device(a.op, name, *list, "lr", a.lr);
   return out;
 }
 
@@ -244,6 +247,22 @@ void masked_lion(Tensors param, Tensors grad, Tensors state, Tensors step, Tenso
   UpdateCall(a, 1, false).run(run, scalar);
 }
 
+Tensor masked_square_sum(Tensors grad, Tensors frozen, std::vector<double> threshold) {
+  const char* op = "masked_square_sum";
+  check_list_device(op, "grad", grad, "grad[0]", grad.at(0));
+  check_list_device(op, "frozen", frozen, "grad[0]", grad.at(0));
+  const SquareSumCall call(op, grad, frozen, threshold);
+  const auto doubles = [&](int64_t count) {
+    return torch::stable::new_empty(grad.at(0), {count}, ScalarType::Double);
+  };
+  Tensor out = doubles(int64_t(grad.size())), partial = doubles(call.chunks());
+  const MaskedSquareSumParams params = {.list = call.list(),
+                                        .partial = static_cast<double*>(partial.mutable_data_ptr()),
+                                        .out = static_cast<double*>(out.mutable_data_ptr())};
+  launch(op, out, params, &cuda::masked_square_sum);
+  return out;
+}
+
 Tensor distill_loss(GOSE_DISTILL_ARGUMENTS) {
   const char* op = "distill_loss";
   const DistillDeviceCall call = prepare_distill_device(op, GOSE_DISTILL_CALL, false);
@@ -299,6 +318,7 @@ STABLE_TORCH_LIBRARY_IMPL(gose_native, CUDA, m) {
   m.impl("masked_adam_", TORCH_BOX(&gose::masked_adam));
   m.impl("masked_lion_", TORCH_BOX(&gose::masked_lion));
   m.impl("masked_sgd_", TORCH_BOX(&gose::masked_sgd));
+  m.impl("masked_square_sum", TORCH_BOX(&gose::masked_square_sum));
   m.impl("quantize_at", TORCH_BOX(&gose::quantize_at));
   m.impl("route", TORCH_BOX(&gose::route));
   m.impl("route_backward", TORCH_BOX(&gose::route_backward));

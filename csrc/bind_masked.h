@@ -1,4 +1,4 @@
-// Checks of the masked optimizer steps on the CPU, and their lists as the kernels see them.
+// Checks of the masked optimizer steps and sums, and their lists as the kernels see them.
 #pragma once
 
 #include <algorithm>
@@ -409,7 +409,6 @@ class SquareSumCall {
       t.end_chunk = chunks;
       tensor_.push_back(t);
     }
-    partial_.resize(chunks);
     const int64_t grain =
         elements == 0 ? 1 : std::max<int64_t>(1, kUpdateChunk * chunks / elements);
     const bool half = !grad.empty() && grad[0].scalar_type() == ScalarType::BFloat16;
@@ -421,13 +420,13 @@ class SquareSumCall {
              false};
   }
 
-  MaskedSquareSumParams params(double* out) { return {list_, partial_.data(), out}; }
+  int64_t chunks() const { return tensor_.empty() ? 0 : tensor_.back().end_chunk; }
+  const UpdateList& list() const { return list_; }
 
  private:
   std::vector<UpdateTensor> tensor_;
   std::vector<FlatMask> masks_;
   Tensors kept_;
-  std::vector<double> partial_;
   UpdateList list_;
 };
 

@@ -212,7 +212,7 @@ struct MaskedSgdParams {  // the formulas are in gose_kernels/ops/masked_update.
 
 struct MaskedSquareSumParams {  // out[n] = sum of squares of the live elements of grad n
   UpdateList list;              // grad and masks alone
-  double* partial;              // [chunks]
+  double* partial;              // [chunks] of kUpdateChunk elements: scratch
   double* out;                  // [count]
 };
 

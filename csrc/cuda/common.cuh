@@ -44,12 +44,15 @@ struct alignas(sizeof(Float) * kLanes) Vector {
 template <typename Float>
 constexpr int kWidest = kVectorBytes / int(sizeof(Float));
 
+inline bool aligned(const void* pointer, int bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
 // Whether rows of `width` elements, `stride` elements apart from `base` on, split into 16-byte
 // vectors that are all aligned.
 template <typename Float>
 bool fits_vectors(const void* base, int64_t stride, int64_t width) {
-  return reinterpret_cast<uintptr_t>(base) % kVectorBytes == 0 && stride % kWidest<Float> == 0 &&
-         width % kWidest<Float> == 0;
+  return aligned(base, kVectorBytes) && stride % kWidest<Float> == 0 && width % kWidest<Float> == 0;
 }
 
 // An array in the shared memory of the block, of a size known to the compiler.
@@ -61,7 +64,8 @@ bool fits_vectors(const void* base, int64_t stride, int64_t width) {
 #endif
 
 // The sum over a whole warp, the same bits in every lane and every run.
-__device__ inline float warp_sum(float x) {
+template <typename Real>
+__device__ Real warp_sum(Real x) {
 #pragma unroll
   for (int apart = kWarp / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(kWholeWarp, x, apart);
   return x;

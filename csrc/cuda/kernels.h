@@ -18,6 +18,7 @@ cudaError_t entropy_backward(const EntropyBackwardParams& p, cudaStream_t stream
 cudaError_t masked_adam(const MaskedAdamParams& p, cudaStream_t stream);
 cudaError_t masked_lion(const MaskedLionParams& p, cudaStream_t stream);
 cudaError_t masked_sgd(const MaskedSgdParams& p, cudaStream_t stream);
+cudaError_t masked_square_sum(const MaskedSquareSumParams& p, cudaStream_t stream);
 cudaError_t quantize(const QuantizeParams& p, cudaStream_t stream);
 cudaError_t route(const RouteDeviceParams& p, cudaStream_t stream);
 cudaError_t route_backward(const RouteBackwardDeviceParams& p, cudaStream_t stream);

@@ -2,7 +2,7 @@
 // without loading them; in mixed quads frozen elements are stored as they were loaded.
 #include <cmath>
 
-#include "cuda/common.cuh"
+#include "cuda/masks.cuh"
 #include "philox.h"
 
 namespace gose::cuda {
@@ -134,42 +134,7 @@ struct Lion {
 
 // Whether a unit must not change: its mask says so, or it has no state.
 __device__ inline bool is_frozen(const UpdateTensor& t, int64_t unit) {
-  if (t.row != nullptr && t.row[unit] < 0) return true;
-  switch (t.kind) {
-    case MaskKind::kNone: return false;
-    case MaskKind::kBytes: return static_cast<const uint8_t*>(t.frozen)[unit] != 0;
-    case MaskKind::kBits: return static_cast<const uint8_t*>(t.frozen)[unit >> 3] >> (unit & 7) & 1;
-    case MaskKind::kScores: return static_cast<const float*>(t.frozen)[unit] >= t.threshold;
-  }
-  return false;
-}
-
-// A bit for each of the four elements from i on, a multiple of four, that have a mask value each.
-__device__ inline unsigned live_elements(const UpdateTensor& t, int64_t i) {
-  unsigned live = 0;
-  switch (t.kind) {
-    case MaskKind::kNone: return 15;
-    case MaskKind::kBits: return ~(static_cast<const uint8_t*>(t.frozen)[i >> 3] >> (i & 7)) & 15;
-    case MaskKind::kBytes: {
-      const auto frozen = *reinterpret_cast<const Vector<uint8_t, kQuad>*>(
-          static_cast<const uint8_t*>(t.frozen) + i);
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) live |= unsigned(frozen.lane[j] == 0) << j;
-      return live;
-    }
-    case MaskKind::kScores: {
-      const auto score =
-          *reinterpret_cast<const Vector<float, kQuad>*>(static_cast<const float*>(t.frozen) + i);
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) live |= unsigned(!(score.lane[j] >= t.threshold)) << j;
-      return live;
-    }
-  }
-  return live;
-}
-
-__device__ inline int64_t quotient(int64_t a, int64_t b) {
-  return (a | b) >> 32 ? a / b : int64_t(uint32_t(a) / uint32_t(b));
+  return (t.row != nullptr && t.row[unit] < 0) || mask_freezes(t, unit);
 }
 
 // Whether every element has a mask value, and state in its place.
@@ -251,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       unsigned live = 15;
       int64_t s = i;
       if (by_element(t)) {
-        live = live_elements(t, i);
+        live = live_elements<kQuad>(t, i);
       } else {
         const int64_t unit = t.inner == t.numel ? 0 : quotient(i, t.inner);
         if (is_frozen(t, unit)) continue;
@@ -285,20 +250,12 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const __grid_constant__
   if (!t.step_by_mask || !is_frozen(t, j)) t.step[j] += 1.0f;
 }
 
-template <typename T>
-bool aligned(const T* pointer, int bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 bool is_wide(const UpdateTensor& t, int item_bytes, bool stochastic) {
   if (stochastic && t.start % kQuad != 0) return false;
   bool wide = aligned(t.param, kQuad * item_bytes) && aligned(t.grad, kQuad * item_bytes) &&
               aligned(t.master, kVectorBytes);
   for (const float* state : t.state) wide = wide && aligned(state, kVectorBytes);
-  if (by_element(t)) {
-    const int mask_bytes = t.kind == MaskKind::kBytes ? 4 : t.kind == MaskKind::kScores ? 16 : 1;
-    return wide && aligned(static_cast<const char*>(t.frozen), mask_bytes);
-  }
+  if (by_element(t)) return wide && fits_lanes(t.frozen, t.kind, kQuad);
   return wide && (t.inner % kQuad == 0 || (t.inner == t.numel && t.row == nullptr));
 }
 

@@ -231,11 +231,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-template <typename T>
-bool aligned(const T* pointer, int bytes) {
-  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 template <typename Float, int kBits, int kBlock>
 cudaError_t quantize_as(const QuantizeParams& p, cudaStream_t stream) {
   const bool wide = p.place == nullptr && aligned(p.x, kQuad * sizeof(Float)) &&

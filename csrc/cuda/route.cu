@@ -271,11 +271,11 @@ __global__ void __launch_bounds__(kWarp* kFinishRows)
     z += double(p.part_sums[b * 3 + 1]);
     entropy += double(p.part_sums[b * 3 + 2]);
   }
-  tokens = fmax(warp_total(tokens), 1.0);
-  z = warp_total(z), entropy = warp_total(entropy);
-  shared_sum = warp_total(shared_sum);
-  assigned = fmax(warp_total(assigned), 1.0);
-  live_experts = fmax(warp_total(live_experts), 1.0);
+  tokens = fmax(warp_sum(tokens), 1.0);
+  z = warp_sum(z), entropy = warp_sum(entropy);
+  shared_sum = warp_sum(shared_sum);
+  assigned = fmax(warp_sum(assigned), 1.0);
+  live_experts = fmax(warp_sum(live_experts), 1.0);
   __syncwarp();
   const auto is_live = [&](int64_t e) { return blocks > 0 && p.part_count[e] != 0; };
   const double even =

@@ -126,9 +126,9 @@ __global__ void __launch_bounds__(kWarp* kFinishRows)
   }
   if (threadIdx.y != 0) return;
   for (int64_t b = threadIdx.x; b < parts; b += kWarp) tokens += double(p.part_tokens[b]);
-  tokens = fmax(warp_total(tokens), 1.0);
-  assigned = fmax(warp_total(assigned), 1.0);
-  live_experts = fmax(warp_total(live_experts), 1.0);
+  tokens = fmax(warp_sum(tokens), 1.0);
+  assigned = fmax(warp_sum(assigned), 1.0);
+  live_experts = fmax(warp_sum(live_experts), 1.0);
   const auto is_live = [&](int64_t e) { return p.part_live[e] != 0; };
   const Variation even =
       variation(E, live_experts, [&](int64_t e) { return p.importance[e]; }, is_live);

@@ -16,7 +16,8 @@ R * (M + N) must be below M * N: more would send more than the matrix itself, an
 keeps R below min(M, N). Where y @ q has a rank below R, its missing columns are any orthonormal
 completion, so a q of zeros (a matrix that did not change) can start again. Column signs of p and q'
 are free in pairs: backends agree on p @ q'.T, not on the factors.
-NaN or infinity in y raises on torch and cpu and spreads on cuda and triton (a check would sync).
+NaN or infinity in y raises. There is no GPU kernel: torch computes it there, and its check of y
+waits for the device.
 """
 
 from __future__ import annotations

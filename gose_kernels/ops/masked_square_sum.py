@@ -6,6 +6,7 @@ grad       list of float32 | bfloat16 | float64 tensors of one dtype, any stride
 frozen     a mask per gradient, or an empty list; masks and threshold as in masked_update
 returns    float64 [len(grad)], summed in float64: no overflow, the same bits for any number of
            threads. A NaN of a live element spreads, one of a frozen element does not.
+Frozen rows and blocks are not read. cuda and triton wait for nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from gose_kernels import masks
-from gose_kernels.backends import native, reference
+from gose_kernels.backends import native, reference, triton
 from gose_kernels.registry import Cost, register
+
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _check(grad: Sequence[Tensor], frozen: Sequence[Tensor], threshold: Sequence[float]) -> None:
@@ -62,7 +65,7 @@ def _unless(grad: Sequence[Tensor], *_args: object, **_options: object) -> str |
 def _cost(grad: Sequence[Tensor], frozen: Sequence[Tensor], **_options: object) -> Cost:
     elements = sum(g.numel() for g in grad)
     moved = sum(t.numel() * t.element_size() for t in (*grad, *frozen))
-    return Cost(elements, moved, 2 * elements)
+    return Cost(elements, moved + 8 * len(grad), 2 * elements)
 
 
 def _example(device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
@@ -74,7 +77,9 @@ def _example(device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
 masked_square_sum = register(
     "masked_square_sum(Tensor[] grad, Tensor[] frozen, *, float[] threshold=[], "
     "str? backend=None) -> Tensor",
-    native("cpu", "masked_square_sum", torch.float32, torch.bfloat16, unless=_unless),
+    native("cuda", "masked_square_sum", *_DTYPES, unless=_unless),
+    triton("masked_square_sum", "masked_square_sum", *_DTYPES, check=_check, unless=_unless),
+    native("cpu", "masked_square_sum", *_DTYPES, unless=_unless),
     reference(masked_square_sum_reference),
     fake=_fake,
     cost=_cost,

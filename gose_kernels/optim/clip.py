@@ -33,14 +33,15 @@ def _square_norm(params: Iterable[Tensor], frozen: Mapping[Tensor, Frozen]) -> T
     for p in params:
         if p.grad is not None:
             alike.setdefault((p.device, p.dtype, *shards.layout(p)), []).append(p)
-    total = torch.zeros((), dtype=torch.float64)
+    total: Tensor | None = None  # not a zero on the CPU: its way to a GPU would be waited for
     for group in alike.values():
         found = [frozen.get(p) for p in group]
         grads = [shards.local(cast(Tensor, p.grad)) for p in group]
         mask, threshold = mask_lists(found, group[0].device)
         own = masked_square_sum(grads, mask, threshold=threshold).sum()
-        total = total.to(own.device) + shards.sum_over(group[0], own)
-    return total
+        own = shards.sum_over(group[0], own)
+        total = own if total is None else total.to(own.device) + own
+    return torch.zeros((), dtype=torch.float64) if total is None else total
 
 
 def live_norm(

@@ -18,24 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gose_kernels import masks
 from gose_kernels.triton import BYTES_PER_LOAD, declares, size_of, threads_per_warp, warps_of
+from gose_kernels.triton.masks import NONE, SCORES, is_frozen, units_of
 from gose_kernels.triton.philox import draw, key_words
 
 _COUNTS = 128  # step counts of a program
 _STATE_BYTES = 4  # of an element of a state, a master copy or a score
-# Rules and kinds of masks, as constants of a kernel.
+# Rules, as constants of a kernel.
 _SGD, _ADAM, _LION = (tl.constexpr(n) for n in range(3))
-_NONE, _BYTES, _BITS, _SCORES = (tl.constexpr(n) for n in range(4))
 _RULES = {"masked_sgd_": _SGD.value, "masked_adam_": _ADAM.value, "masked_lion_": _LION.value}
-_KINDS = {torch.bool: _BYTES.value, torch.uint8: _BITS.value, torch.float32: _SCORES.value}
 
 
 def _mask_work(args: Mapping[str, Any]) -> int:
     """Bytes of the mask and of the rows."""
     names = [
         n
-        for n, on in (("frozen_ptr", args["KIND"] != _NONE.value), ("row_ptr", args["HAS_ROW"]))
+        for n, on in (("frozen_ptr", args["KIND"] != NONE.value), ("row_ptr", args["HAS_ROW"]))
         if on
     ]
     return size_of(*(args[name] for name in names))
@@ -55,21 +53,6 @@ def _update_work(args: Mapping[str, Any]) -> tuple[int, int]:
 
 def _count_work(args: Mapping[str, Any]) -> tuple[int, int]:
     return 2 * size_of(args["step_ptr"]) + _mask_work(args), 0
-
-
-@triton.jit
-def _is_frozen(frozen_ptr, unit, inside, threshold, KIND: tl.constexpr):
-    """What masks say of units; outside: frozen."""
-    if KIND == _NONE:
-        frozen = unit < 0
-    elif KIND == _BYTES:
-        frozen = tl.load(frozen_ptr + unit, mask=inside, other=1) != 0
-    elif KIND == _BITS:
-        byte = tl.load(frozen_ptr + (unit >> 3), mask=inside, other=255).to(tl.int32)
-        frozen = ((byte >> (unit & 7).to(tl.int32)) & 1) != 0
-    else:
-        frozen = tl.load(frozen_ptr + unit, mask=inside, other=0.0) >= threshold
-    return frozen | (inside == 0)
 
 
 @triton.jit
@@ -136,9 +119,9 @@ def _update_kernel(
     column = ((tl.program_id(0) % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (unit < U) & (column < INNER)
     if ELEMENTS:
-        live = _is_frozen(frozen_ptr, column, inside, threshold, KIND) == 0
+        live = is_frozen(frozen_ptr, column, inside, threshold, KIND) == 0
     else:
-        live = _is_frozen(frozen_ptr, unit, unit < U, threshold, KIND) == 0
+        live = is_frozen(frozen_ptr, unit, unit < U, threshold, KIND) == 0
     slot = unit
     if HAS_ROW:
         slot = tl.load(row_ptr + unit, mask=unit < U, other=-1).to(tl.int64)
@@ -233,7 +216,7 @@ def _count_kernel(
     BLOCK: tl.constexpr,
 ):
     unit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    frozen = _is_frozen(frozen_ptr, unit, unit < U, threshold, KIND)
+    frozen = is_frozen(frozen_ptr, unit, unit < U, threshold, KIND)
     if HAS_ROW:
         frozen = frozen | (tl.load(row_ptr + unit, mask=unit < U, other=-1) < 0)
     count = tl.load(step_ptr + unit, mask=frozen == 0, other=0.0)
@@ -257,16 +240,6 @@ class _Writes:
             to.copy_(copy)
 
 
-def _units(frozen: Tensor | None, param: Tensor) -> tuple[Tensor | None, int]:
-    """The mask with a value per unit, and the number of units."""
-    if frozen is None:
-        return None, 1
-    if frozen.dtype == torch.uint8:
-        return frozen.contiguous(), param.numel()
-    own = masks.unit_shape(frozen.shape, param.shape)
-    return masks.spread(frozen, own).contiguous(), math.prod(own)
-
-
 def _tile(units: int, inner: int, widest: int) -> tuple[int, int]:
     """Units and columns of a program: 16 bytes a thread of the tensor with the widest elements."""
     size = warps_of("masked_update") * threads_per_warp() * BYTES_PER_LOAD // widest
@@ -284,8 +257,7 @@ class _Entry:
         self.master = masters[n] if masters else None
         self.row = rows[n].contiguous() if rows and rows[n].numel() > 0 else None
         frozen = frozens[n] if frozens else None
-        self.mask, units = _units(frozen, self.param)
-        self.kind = _NONE.value if frozen is None else _KINDS[frozen.dtype]
+        self.mask, units, self.kind = units_of(frozen, self.param)
         self.threshold = float((options.get("threshold") or [0.0] * (n + 1))[n])
         numel = self.param.numel()
         inner = numel // max(1, units)
@@ -308,7 +280,7 @@ class _Entry:
             self.step if self.row is None else self.row,
             counts,
             self.threshold,
-            KIND=self.kind if masked else _NONE.value,
+            KIND=self.kind if masked else NONE.value,
             HAS_ROW=self.row is not None and masked,
             BLOCK=_COUNTS,
             num_warps=warps_of("masked_update"),
@@ -325,7 +297,7 @@ class _Entry:
         """The step itself; what is missing among the pointers is lr, which nothing reads there."""
         states = [self.writes(self.states[s * self.count + self.n]) for s in range(num_states)]
         param, lr = self.writes(self.param), self.lr
-        scored = self.elements and self.kind == _SCORES.value
+        scored = self.elements and self.kind == SCORES.value
         wide = num_states > 0 or self.master is not None or scored
         rows, columns = _tile(*self.sizes, _STATE_BYTES if wide else param.element_size())
         counts = 0 if self.step is None else 1 + self.by_mask * (1 + self.elements)

@@ -19,12 +19,13 @@ from gose_kernels.ops import combine as combine_op
 from gose_kernels.ops import dispatch as dispatch_op
 from gose_kernels.ops import distill_loss as distill_op
 from gose_kernels.ops import entropy as entropy_op
+from gose_kernels.ops import masked_square_sum as square_sum_op
 from gose_kernels.ops import masked_update as masked_op
 from gose_kernels.ops import quantize as quantize_op
 from gose_kernels.ops import route as route_op
 from tests import cases
 from tests.checks import assert_close_within_ulps
-from tests.gpu import routing
+from tests.gpu import masked, routing
 from tests.gpu.params import Call, Options, fill, poisoned, split, structs
 
 Outputs = tuple[Tensor, ...]
@@ -405,7 +406,6 @@ def _dequantize_add_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, 
         yield name, (_meta(4096, dtype=torch.float32), code, scale, None, options)
 
 
-_MASK_KINDS = {torch.bool: 1, torch.uint8: 2, torch.float32: 3}
 _REFERENCES = {
     "masked_sgd_": masked_op.masked_sgd_reference_,
     "masked_adam_": masked_op.masked_adam_reference_,
@@ -430,12 +430,7 @@ def _update_tensor(op: str, args: tuple[Any, ...], options: Options, n: int) -> 
     if master:
         fields["master"] = master[n]
     if frozen:
-        mask, units = frozen[n], p.numel()
-        fields["kind"] = _MASK_KINDS[mask.dtype]
-        if mask.dtype != torch.uint8:
-            own = masks.unit_shape(mask.shape, p.shape)
-            mask, units = masks.spread(mask, own).contiguous(), int(torch.Size(own).numel())
-        fields |= {"frozen": mask, "inner": p.numel() // max(1, units) or 1}
+        fields |= masked.mask_fields(frozen[n], p)
     if step:
         by_mask = bool(frozen) and step[n].shape == (
             p.shape if frozen[n].dtype == torch.uint8 else frozen[n].shape
@@ -537,19 +532,6 @@ def _masked_case(case: cases.UpdateCase, dtype: torch.dtype) -> tuple[Any, ...]:
     return param, grad, state, counts, [], frozen, [], lr, scale, Options(case.options)
 
 
-# Shapes with whole quads, several programs and a rest, and masks of each: (shape, mask, its kind).
-_UNITS = (
-    ((9, 132), (9, 1), "bool"),
-    ((2, 3, 64), (2, 1, 1), "scores"),
-    ((37, 3), (37, 1), "bool"),
-    ((6, 40), (6, 8), "scores"),
-    ((6, 40), (3, 5), "bool"),
-    ((1030,), (1030,), "bits"),
-    ((1030,), (1030,), "bool"),
-    ((1030,), (1030,), "scores"),
-    ((4, 300), (), "bool"),
-    ((0, 5), (1, 5), "bool"),
-)
 _MASKED_OPTIONS = {
     "masked_sgd_": {"momentum": 0.9, "dampening": 0.25, "nesterov": True, "weight_decay": 0.1},
     "masked_adam_": {"amsgrad": True, "weight_decay": 0.1, "beta1": 0.4},
@@ -557,18 +539,12 @@ _MASKED_OPTIONS = {
 }
 
 
-def _as_kind(mask: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
-    if kind == "bits":
-        return masks.pack(masks.spread(mask, shape))
-    return torch.where(mask, 0.5, 0.25) if kind == "scores" else mask
-
-
 def masked_units(op: str, dtype: torch.dtype, form: str) -> tuple[Any, ...]:
     """All kinds of masks in one call. form: "counts" by mask where they can be, "rows" of state,
     "master" copies, "draws"."""
     random = torch.Generator().manual_seed(23)
     columns = {(6, 8), (3, 5), (1, 5)}  # what counts by mask and rows do not come with
-    units = [u for u in _UNITS if form not in ("counts", "rows") or u[1] not in columns]
+    units = [u for u in masked.UNITS if form not in ("counts", "rows") or u[1] not in columns]
     num_states = _num_states(op, _MASKED_OPTIONS[op])
     param, grad, frozen, step, row = [], [], [], [], []
     states: list[list[Tensor]] = [[] for _ in range(num_states)]
@@ -580,7 +556,7 @@ def masked_units(op: str, dtype: torch.dtype, form: str) -> tuple[Any, ...]:
         p = torch.randn(shape, generator=random)
         whole = masks.spread(mask, shape)
         grad.append(torch.where(whole, torch.nan, torch.randn(shape, generator=random)).to(dtype))
-        frozen.append(_as_kind(mask, shape, kind))
+        frozen.append(masked.as_kind(mask, shape, kind))
         like: tuple[int, ...] = shape
         if form == "rows":
             has = torch.rand(count, generator=random) < 0.7
@@ -718,6 +694,16 @@ OPS: dict[str, OnGpu] = {
         ulps=4,
     ),
     **{op: _masked_op(op) for op in _REFERENCES},
+    "masked_square_sum": OnGpu(
+        "masked_square_sum",
+        masked.square_sum,
+        _with_options(square_sum_op.masked_square_sum_reference),
+        masked.square_sum_cases,
+        masked.square_sum_tiles,
+        dtypes=(torch.float32, torch.bfloat16),
+        doubled=(0,),
+        also=masked.every_sum_is_right,
+    ),
     "quantize": OnGpu(
         "quantize",
         _quantize,

@@ -119,6 +119,20 @@ for _op, _choices in MASKED_OPTIONS.items():
         for i, options in enumerate(_choices)
         for dtype in (torch.float32, torch.bfloat16)
     }
+
+
+def _squares(dtype: torch.dtype, mask: tuple[int, ...] | None) -> tuple[Any, ...]:
+    """Two tensors, nothing frozen."""
+    grad = [torch.ones(32, 256, dtype=dtype) for _ in range(2)]
+    frozen = [] if mask is None else [torch.zeros(mask, dtype=torch.bool) for _ in grad]
+    return grad, frozen, Options()
+
+
+SCALED["masked_square_sum"] = {
+    f"{mask}-{dtype}": partial(_squares, dtype, mask)
+    for mask in ((32, 1), (32, 256), None)
+    for dtype in (torch.float32, torch.bfloat16)
+}
 SCALED["dispatch"] = {"256x8-E16": lambda: cases.DispatchCase(256, 8, 16).build()}
 SCALED["distill_loss"] = {
     f"{B}x{C}-{dtype}": lambda B=B, C=C, dtype=dtype: (
@@ -167,11 +181,10 @@ def test_closed_forms_are_what_is_counted(
     given, options = split(args)
     counts, work = _count(op, backend, args, ptx), gpu_model.work(op, backend, *given, **options)
     scratch = gpu_model.scratch_bytes(op, backend, *given)
-    if op.startswith("masked") and backend == "triton":
+    if op in MASKED_OPTIONS and backend == "triton":
         scratch *= len(args[0])  # a launch a tensor
     assert work.bytes <= counts.bytes <= work.bytes + scratch
-    tensors = len(args[0]) if op.startswith("masked") and backend == "triton" else 1
-    assert counts.launches == tensors * work.launches
+    assert counts.launches == work.launches
     if op in gpu_model.AT_LEAST:
         assert counts.flops >= work.flops
     else:
@@ -193,7 +206,7 @@ def test_profilers_are_told_the_closed_forms(op: str) -> None:
     scratch *= len(launched)
     moved = sum(one.declared["bytes"] for one in launched)
     assert work.bytes <= moved <= work.bytes + scratch
-    declared = sum(one.declared["flops32"] for one in launched)
+    declared = sum(one.declared.get(f"flops{bits}", 0) for one in launched for bits in (32, 64))
     assert declared <= work.flops
     assert 2 * declared >= gk.OPS[op].cost_of(*given, **options).flops
     for one in launched:
@@ -245,6 +258,23 @@ def test_frozen_units_are_not_loaded(
         mask.fill_(True)
     counts = _count(op, backend, args, ptx)
     assert 2 * 32 * 256 <= counts.bytes <= 2 * 32 * 256 + 16 + scratch
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_units_are_not_summed(
+    dtype: torch.dtype, backend: str, ptx: Mapping[str, cuda_host.Compiled]
+) -> None:
+    """Half of the rows, or of vectors of elements: half the bytes, and the mask."""
+    op = "masked_square_sum"
+    for mask in ((32, 1), (32, 256)):
+        args = _squares(dtype, mask)
+        scratch = gpu_model.scratch_bytes(op, backend, *args[:-1])
+        for frozen in args[1]:
+            frozen.view(-1, 8)[::2] = True
+        half = 2 * 32 * 256 * dtype.itemsize // 2
+        least = half + sum(m.numel() for m in args[1]) + 8 * len(args[0])
+        assert least <= _count(op, backend, args, ptx).bytes <= least + scratch
 
 
 @pytest.mark.parametrize("warps", WARPS)

@@ -38,11 +38,12 @@ class Mutant(NamedTuple):
 
 
 _COMBINE, _BACK = ("combine",), ("combine_backward",)
-_TOKEN = "route_token.cuh"
+_TOKEN, _MASKS = "route_token.cuh", "masks.cuh"
 _ROUTE_BACK = ("route_backward",)
 _ROUTE, _DISTILL = ("route",), ("distill_loss_train", "distill_loss")
 _QUANTIZE, _DECODE = ("quantize",), ("dequantize", "dequantize_add_")
 _MASKED = ("masked_adam_", "masked_lion_", "masked_sgd_")
+_SQUARES = ("masked_square_sum",)
 _ENTROPY, _DISPATCH = ("entropy", "entropy_backward"), ("dispatch",)
 MUTANTS = [
     Mutant("bound", _COMBINE, "d >= p.D) return", "d > p.D) return"),
@@ -87,12 +88,32 @@ MUTANTS = [
     Mutant(
         "stride swapped", _MASKED, "s += (t.row[unit] - unit) * t.inner", "s += t.row[unit] - unit"
     ),
-    Mutant("bit off by one", _MASKED, ">> (i & 7)) & 15", ">> (i & 3)) & 15"),
-    Mutant("threshold", _MASKED, "score.lane[j] >= t.threshold", "score.lane[j] > t.threshold"),
+    Mutant("bit off by one", _MASKED, ">> (i & 7)) & k", ">> (i & 3)) & k", header=_MASKS),
+    Mutant("threshold", _MASKED, "own >= t.threshold", "own > t.threshold", header=_MASKS),
     Mutant("count of frozen", _MASKED, "if (!t.step_by_mask || !is_frozen(t, j)) t.step", "t.step"),
     Mutant("dtype truncated", _MASKED, "uint64_t(draw_at >> 3)", "uint8_t(draw_at >> 3)"),
     Mutant("draws swapped", _MASKED, "draw_at & 4 ? block.word[2]", "draw_at & 4 ? block.word[1]"),
     Mutant("sign lost", _MASKED, "s.maximize ? -scale : scale", "scale"),
+    Mutant("bound", _SQUARES, "i < end; i += kThreads", "i <= end; i += kThreads"),
+    Mutant("bound of vectors", _SQUARES, "i + kLanes <= end ?", "i < end ?"),
+    Mutant("stride swapped", _SQUARES, "at + v * kStep;", "at + v * kLanes;"),
+    Mutant("unit swapped", _SQUARES, "quotient(i, e.inner);", "i % e.inner;"),
+    Mutant("mask dropped", _SQUARES, "if (live[v] >> j & 1) add", "add"),
+    Mutant(
+        "unit taken as live", _SQUARES, "if (mask_freezes(e, quotient(i, e.inner))) continue;", ""
+    ),
+    Mutant("dtype truncated", _SQUARES, "const double wide = double(", "const float wide = float("),
+    Mutant("bit off by one", _SQUARES, ">> (i & 7)) & k", ">> (i & 3)) & k", header=_MASKS),
+    Mutant("threshold", _SQUARES, "own >= t.threshold", "own > t.threshold", header=_MASKS),
+    Mutant(
+        "shuffle short", _SQUARES, "apart = kWarp / 2", "apart = kWarp / 4", header="common.cuh"
+    ),
+    Mutant("warp left out", _SQUARES, "int w = 1; w < kThreads", "int w = 2; w < kThreads"),
+    Mutant("chunk of another", _SQUARES, "end_chunk > chunk", "end_chunk >= chunk"),
+    Mutant("later launch", _SQUARES, "b.first_chunk = end;", ""),
+    Mutant("chunks left out", _SQUARES, "c < b.entry[n].end_chunk; c +=", "false; c +="),
+    Mutant("barrier removed", _SQUARES, "__syncthreads();", ""),
+    Mutant("barrier removed", _SQUARES, "__syncthreads();", "", rung="emulated"),
     Mutant("bound", _DISPATCH, "const int e = n < N ?", "const int e = n <= N ?", count=2),
     Mutant("rank off by one", _DISPATCH, "(1u << threadIdx.x) - 1", "(2u << threadIdx.x) - 1"),
     Mutant("mask dropped", _DISPATCH, "if (n < N && n >= used)", "if (n < N)"),
@@ -195,6 +216,21 @@ TRITON_MUTANTS = [
     TritonMutant(
         "count of frozen", _MASKED, "count + 1.0, mask=frozen == 0", "count + 1.0, mask=unit < U"
     ),
+    TritonMutant("bound", _SQUARES, "inside = at < INNER", "inside = at <= INNER"),
+    TritonMutant(
+        "bound of columns", _SQUARES, "live & (column < INNER)", "live & (column <= INNER)"
+    ),
+    TritonMutant("bound of sums", _SQUARES, "mask=at < end", "mask=at <= end"),
+    TritonMutant("stride swapped", _SQUARES, "unit * INNER + column", "unit * COLUMNS + column"),
+    TritonMutant("mask dropped", _SQUARES, "tl.where(live, x * x, 0.0)", "x * x"),
+    TritonMutant(
+        "dtype truncated", _SQUARES, "mask=live, other=0.0).to(tl.float64)", "mask=live, other=0.0)"
+    ),
+    TritonMutant("vector left out", _SQUARES, "program * PASSES + step", "program * PASSES"),
+    TritonMutant(
+        "sums of another", _SQUARES, "tl.load(end_ptr + n - 1,", "tl.load(end_ptr + n - n,"
+    ),
+    TritonMutant("sums left out", _SQUARES, "while first < end:", "if first < end:"),
     TritonMutant("bound", _ROUTE_BACK, "(offs_k < K)[None, :]", "(offs_k <= K)[None, :]"),
     TritonMutant(
         "stride swapped",

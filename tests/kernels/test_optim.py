@@ -11,13 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gose_kernels as gk
+from gose_kernels import masks
 from gose_kernels.optim import MaskedAdamW, MaskedLion, MaskedSGD
+from gose_kernels.optim.clip import clip_scale, live_norm
 
 MASKED = (MaskedAdamW, MaskedSGD, MaskedLion)
 
@@ -354,6 +358,37 @@ def test_clip_grad_norm_takes_one_tensor_and_names_a_norm_that_is_not_finite():
     torch.testing.assert_close(p.grad, torch.tensor([0.6, 100.0, 0.8]))
     with pytest.raises(ValueError, match=r"a mask in frozen must be bool, got torch.float32"):
         gk.optim.clip_grad_norm_(p, 1.0, frozen={p: torch.ones(3)})
+
+
+class BetweenDevices(TorchDispatchMode):
+    """What is copied from one device to another: a GPU is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.copied = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        copies = func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if copies and len({t.device for t in (*args, out) if isinstance(t, Tensor)}) > 1:
+            self.copied.append(func)
+        return out
+
+
+def test_the_norm_of_clipping_waits_for_no_gpu():
+    """On fake tensors, which would also raise where a value is asked for."""
+    with FakeTensorMode(), BetweenDevices() as between:
+        params = [nn.Parameter(torch.ones(n, 4, device="cuda")) for n in (5, 6)]
+        params.append(nn.Parameter(torch.ones(3, device="cuda", dtype=torch.bfloat16)))
+        for p in params:
+            p.grad = torch.ones_like(p)
+        rows = torch.ones(5, 1, device="cuda", dtype=torch.bool)
+        frozen = {params[0]: masks.frozen("", rows, params[0].shape)}
+        scale = clip_scale(live_norm(params, frozen, 2.0), 1.0)
+        assert (scale.device.type, scale.dtype) == ("cuda", torch.float32)
+        assert not between.copied
+        torch.zeros(()).to(scale.device)
+        assert len(between.copied) == 1
 
 
 @pytest.mark.parametrize("kind", MASKED)
