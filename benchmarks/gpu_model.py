@@ -158,8 +158,8 @@ def _route_scratch(backend: str, score: Tensor) -> int:
 
 
 def _route_backward_scratch(score: Tensor) -> int:
-    """What all tokens share, and the importance that says which experts take part."""
-    return int(12 * score.shape[1] + 16)
+    """What all tokens share; importance and a flag an expert, which say what takes part."""
+    return int(14 * score.shape[1] + 16)
 
 
 def scratch_bytes(op: str, backend: str, *args: Any) -> int:
