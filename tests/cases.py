@@ -162,6 +162,7 @@ route = [
     RouteCase(1, 8, 2),
     RouteCase(1, 252, 8),
     RouteCase(37, 12, 3, "far"),
+    RouteCase(33, 130, 3, options={"capacity": 1}),
     RouteCase(300, 17, 17),
     RouteCase(1100, 64, 8),
     RouteCase(700, 5, 1, options={"policy": "egs"}, entropy="TE"),

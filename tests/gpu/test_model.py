@@ -149,7 +149,9 @@ NARROW = {
 }
 
 
-def _count(op: str, backend: str, args: tuple[Any, ...], ptx: dict[str, Any]) -> Counts:
+def _count(
+    op: str, backend: str, args: tuple[Any, ...], ptx: Mapping[str, cuda_host.Compiled]
+) -> Counts:
     if backend == "triton":
         return triton_host.run_on_ptx(OPS[op].triton(op), *args)[1]
     on_ptx = cuda_host.OnPtx(ptx[OPS[op].source])
