@@ -126,6 +126,9 @@ def _route_kernel(
         if noise_ptr is not None:
             noisy_shift_R, noisy_rest_R, _, _, _ = moments(noisy)
         sure_R = entropy_of(rest_R, sum_R, n_R)
+        if COUNT:
+            tl.store(out_entropy_ptr + t_R, sure_R, mask=valid_R)
+            entropy_R += tl.where(n_R > 0, sure_R, 0.0)
         inside = valid_R[:, None] & (offs_e < E)[None, :]
         if log_p_ptr is not None:
             at_et = offs_e.to(tl.int64)[None, :] * T + t_R[:, None]
@@ -178,11 +181,9 @@ def _route_kernel(
             if win_ptr is not None:
                 win += normal_below(margin(a, threshold_R, noise_std))
         if COUNT:
-            tl.store(out_entropy_ptr + t_R, sure_R, mask=valid_R)
             some_R = n_R > 0
             importance += tl.where(some_R[:, None], power / (1.0 + rest_R)[:, None], 0.0)
             tokens_R += some_R.to(tl.float32)
-            entropy_R += tl.where(some_R, sure_R, 0.0)
             if entropy_ptr is None:
                 total_R = shift_R + log1p(rest_R)
                 if SIGMOID:
