@@ -178,24 +178,22 @@ def _launches(op: str, backend: str, *args: Any) -> int:
 
 
 def _route_scratch(backend: str, score: Tensor) -> int:
-    """Sums of every program's tokens, written and read again; and totals, read for the losses."""
-    T, E = score.shape
-    rows = max(1, 1024 // _power_of_two(E))
-    if backend == "cuda":  # a load in 16 bits
-        rows = 16 if E > 128 or T < 4096 else 32 if T < 8192 else 64
-    programs = -(-T // (rows * max(-(-16 // rows), -(-T // (512 * rows)))))
-    return int(2 * programs * ((6 if backend == "cuda" else 8) * E + 12) + 12 * E)
+    """Sums of every program's tokens, written and read again: a load of theirs in 16 bits; and
+    totals, read for the losses."""
+    (T, E), block_e = score.shape, _power_of_two(score.shape[1])
+    tokens = 64 if T >= 4096 else 32 if T >= 2048 else 16
+    if backend == "cuda":
+        group = 16 if E > 128 else tokens
+    else:
+        least = max(16, 1024 // block_e)
+        group = least * max(1, min(tokens // least, 16 // max(4, block_e // 256)))
+    programs = -(-T // min(8192, group * max(1, -(-T // (512 * group)))))
+    return int(2 * programs * (6 * E + 12) + 12 * E)
 
 
-def _route_backward_scratch(backend: str, score: Tensor) -> int:
-    """What says which tokens and experts take part: some rows, a sector of every other one, a flag
-    an expert of every part; and what all tokens share."""
-    T, E = score.shape
-    rows = 4 if backend == "cuda" else max(1, 256 // _power_of_two(E))
-    tokens = 16 * max(1, -(-T // (16 * 512)))
-    parts = -(-T // (64 * -(-tokens // 64)))
-    flags = parts * (rows * E * score.element_size() + 2 * E + 8)
-    return int(flags + 32 * T + 9 * E + 16)
+def _route_backward_scratch(score: Tensor) -> int:
+    """What all tokens share; importance and a flag an expert, which say what takes part."""
+    return int(14 * score.shape[1] + 16)
 
 
 def scratch_bytes(op: str, backend: str, *args: Any) -> int:
@@ -205,7 +203,7 @@ def scratch_bytes(op: str, backend: str, *args: Any) -> int:
     if op == "route":
         return _route_scratch(backend, args[0])
     if op == "route_backward":
-        return _route_backward_scratch(backend, args[0])
+        return _route_backward_scratch(args[0])
     if op.startswith("distill_loss"):
         return int(4 * args[0].shape[0] + 4)  # the terms, and their mean
     if op == "masked_square_sum":  # sums of chunks, and where Triton's of a tensor end

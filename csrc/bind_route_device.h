@@ -18,11 +18,10 @@ inline int64_t route_device_tokens(int64_t T, int64_t group = 16) {
   return group * std::max<int64_t>(1, (T + group * kBlocks - 1) / (group * kBlocks));
 }
 
-// Tokens that route sums at once: the more, the fewer sums to write and read again, as long as
-// there is a block for about every multiprocessor.
+// Tokens that route sums at once: the more, the fewer sums to write and read again; 64 blocks stay.
 inline int64_t route_group(int64_t T, int64_t E) {
-  if (E > 128 || T < 4096) return 16;
-  return T < 8192 ? 32 : 64;
+  if (E > 128 || T < 2048) return 16;
+  return T < 4096 ? 32 : 64;
 }
 
 inline int64_t bits_of(int64_t x) {
@@ -120,7 +119,7 @@ inline RouteBackwardDeviceCall prepare_route_backward_device(const Tensor& score
                                                              const RouteTensors& given,
                                                              const RouteUpstream& up,
                                                              const RouteOptions& o) {
-  constexpr int64_t kLiveTokens = 64;  // at least: four rows of them, and a sector of the others
+  constexpr int64_t kLiveTokens = 64;  // at least, of a warp that looks for tokens of an expert
   const char* op = "route_backward";
   RouteBackwardDeviceCall call;
   call.source = route_device_source(op, score_TE, top_k, given, o);
@@ -166,7 +165,6 @@ inline RouteBackwardDeviceCall prepare_route_backward_device(const Tensor& score
       .column = floats(losses, {E}),
       .scalar = floats(losses, {2}),
       .part_live = static_cast<uint8_t*>(scratch(losses, {parts, E}, ScalarType::Byte)),
-      .part_tokens = floats(losses, {parts}),
       .part_win = floats(wins, {blocks, E}),
       .win_slope = floats(wins, {E}),
       .part_grad = floats(per_module, {blocks, E}),

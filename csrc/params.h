@@ -155,8 +155,7 @@ struct RouteBackwardDeviceParams {
   void* grad;          // [T, E] dtype; of entropy [T or 1, E] float32
   float* column;       // [E] gradient of importance, and the next three: nullptr without grad_loss
   float* scalar;       // [2] gradient of a token's logsumexp divided by it, and of its entropy
-  uint8_t* part_live;  // [live blocks, E] 1 = available to a token
-  float* part_tokens;  // [live blocks] tokens with any expert
+  uint8_t* part_live;  // [live blocks, E] 1 = available to a token; of experts without importance
   float* part_win;     // [blocks, E] sums of Phi(margin), and the next: nullptr if noise_std = 0
   float* win_slope;    // [E] gradient of the sum of Phi(margin), divided by noise_std
   float* part_grad;    // [blocks, E] sums of the gradient of an entropy per module

@@ -34,6 +34,9 @@ def _logits(kind: str, shape: tuple[int, ...]) -> Tensor:
         x[..., -1] = -torch.inf
         x.view(-1, shape[-1])[::5] = -torch.inf
         return x
+    if kind == "far":  # a column that is there, too unlikely for a float
+        x[..., -1] = -1e3
+        return x
     assert kind == "normal"
     return x
 
@@ -158,6 +161,8 @@ route = [
     RouteCase(1, 1, 1),
     RouteCase(1, 8, 2),
     RouteCase(1, 252, 8),
+    RouteCase(37, 12, 3, "far"),
+    RouteCase(33, 130, 3, options={"capacity": 1}),
     RouteCase(300, 17, 17),
     RouteCase(1100, 64, 8),
     RouteCase(700, 5, 1, options={"policy": "egs"}, entropy="TE"),

@@ -7,15 +7,14 @@ namespace gose::cuda {
 namespace {
 
 constexpr int kLiveWarps = 4;  // of a block
-constexpr int kLiveRows = 4;   // read side by side until every expert is known to be live
-constexpr int kSector = 32;    // bytes that come together
+constexpr int kLiveRows = 4;   // read side by side until one offers the expert
 
 __device__ inline bool is_available(const RouteInput& in, int64_t t, int64_t e) {
   return load_float(in.score, in.dtype, t * in.stride_st + e) != -INFINITY;
 }
 
-// One warp looks at `live_tokens` tokens: at rows until all experts are known to be live, and at
-// every row until its token is. `lanes` of them, a sector, look at one row.
+// Importance tells that an expert is live. Without any, it may have been too unlikely for a float:
+// then a warp looks at `live_tokens` tokens until one offers it.
 __global__ void __launch_bounds__(kLiveWarps* kWarp)
     route_live_kernel(const RouteBackwardDeviceParams p) {
   const RouteInput& in = p.in;
@@ -24,6 +23,7 @@ __global__ void __launch_bounds__(kLiveWarps* kWarp)
   const int64_t stop = min(in.T, begin + p.live_tokens);
   if (begin >= stop) return;
   for (int64_t e = threadIdx.x; e < in.E; e += kWarp) {
+    if (p.importance[e] != 0.0f) continue;
     bool live = false;
     for (int64_t t = begin; t < stop && !live; t += kLiveRows) {
 #pragma unroll
@@ -33,22 +33,6 @@ __global__ void __launch_bounds__(kLiveWarps* kWarp)
     }
     p.part_live[block * in.E + e] = live;
   }
-  const int lanes = in.dtype == DType::kFloat32 ? kSector / 4 : kSector / 2, lane = threadIdx.x;
-  const unsigned mine = ((1u << lanes) - 1) << (lane / lanes * lanes);
-  int tokens = 0;
-  for (int64_t first = begin; first < stop; first += kWarp / lanes) {
-    const int64_t t = first + lane / lanes;
-    bool known = t >= stop;
-    for (int64_t at = 0; at < in.E; at += lanes) {
-      const int64_t e = at + lane % lanes;
-      const bool found = !known && e < in.E && is_available(in, t, e);
-      known |= (__ballot_sync(kWholeWarp, found) & mine) != 0;
-      if (__ballot_sync(kWholeWarp, !known) == 0) break;
-    }
-    tokens += known && t < stop && lane % lanes == 0;
-  }
-  tokens = warp_count(tokens);
-  if (lane == 0) p.part_tokens[block] = float(tokens);
 }
 
 // Sums over a block's tokens of the probability that noise brings an expert among the chosen.
@@ -104,9 +88,9 @@ __global__ void __launch_bounds__(kWarp* kFinishRows)
   double assigned = 0, live_experts = 0, tokens = 0;
   for (int64_t first = 0; first < E; first += kWarp) {
     const int64_t e = first + threadIdx.x;
-    win[at] = 0, live[at] = 0;
-    for (int64_t b = threadIdx.y; b < parts && e < E; b += kFinishRows) {
-      live[at] |= p.part_live[b * E + e];
+    win[at] = 0, live[at] = e < E && p.importance[e] != 0.0f;
+    for (int64_t b = threadIdx.y; b < parts && e < E && live[at] == 0; b += kFinishRows) {
+      live[at] = p.part_live[b * E + e];
     }
     for (int64_t b = threadIdx.y; b < blocks && e < E; b += kFinishRows) {
       win[at] += double(p.part_win[b * E + e]);
@@ -118,6 +102,7 @@ __global__ void __launch_bounds__(kWarp* kFinishRows)
         win[at] += win[row * kWarp + at];
       }
       p.part_live[e] = uint8_t(live[at]);
+      tokens += double(p.importance[e]);  // each token has 1
       if (blocks > 0) p.part_win[e] = float(win[at]);
       assigned += p.load[e];
       live_experts += live[at];
@@ -125,8 +110,7 @@ __global__ void __launch_bounds__(kWarp* kFinishRows)
     __syncthreads();
   }
   if (threadIdx.y != 0) return;
-  for (int64_t b = threadIdx.x; b < parts; b += kWarp) tokens += double(p.part_tokens[b]);
-  tokens = fmax(warp_sum(tokens), 1.0);
+  tokens = fmax(floor(warp_sum(tokens) + 0.5), 1.0);
   assigned = fmax(warp_sum(assigned), 1.0);
   live_experts = fmax(warp_sum(live_experts), 1.0);
   const auto is_live = [&](int64_t e) { return p.part_live[e] != 0; };

@@ -20,7 +20,9 @@ from gose_kernels.triton.route_token import (
     DEFAULTS,
     FINISH_TILE,
     INFINITY,
+    MAX_WARPS,
     WARPS,
+    Inputs,
     best,
     entropy_of,
     inputs_of,
@@ -33,6 +35,8 @@ from gose_kernels.triton.route_token import (
 )
 
 _KEEP_BLOCK = 1024  # tokens that an expert looks at together
+_ALIGNED = 16  # what divides a stride that Triton loads wide
+_MAX_WARPS_UNALIGNED = 8  # else a thread has numbers of many rows: registers for twice as many
 
 
 _PARTS = ("importance_ptr", "win_ptr", "count_ptr", "sums_ptr")
@@ -56,7 +60,7 @@ def _route_kernel(
     first_ptr,  # [T] log p of the first slot, or None; capacity by priority
     importance_ptr,  # [P, E] float32, and all others of P: sums over the program's tokens
     win_ptr,  # [P, E] float32, or None
-    count_ptr,  # [P, E] int32: twice the slots, plus 1 if some token may have the expert
+    count_ptr,  # [P, E] int16: twice the slots, plus 1 if some token may have the expert
     sums_ptr,  # [P, 3] float32: tokens, z, entropy
     T,
     E,
@@ -88,8 +92,8 @@ def _route_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     importance = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
     win = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
-    load = tl.zeros([BLOCK_R, BLOCK_E], tl.int32)
-    live = tl.zeros([BLOCK_R, BLOCK_E], tl.int32)
+    # Twice the slots, plus 1 if available; above 16 bits the slot of this pass.
+    count = tl.zeros([BLOCK_R, BLOCK_E], tl.int32)
     tokens_R = tl.zeros([BLOCK_R], tl.float32)
     z_R = tl.zeros([BLOCK_R], tl.float32)
     entropy_R = tl.zeros([BLOCK_R], tl.float32)
@@ -116,14 +120,18 @@ def _route_kernel(
             GROUPS,
             TEMPERED,
         )
+        count = (count & 0xFFFF) | (x != -INFINITY).to(tl.int32)
         shift_R, rest_R, sum_R, n_R, power = moments(a)
         noisy_shift_R, noisy_rest_R = shift_R, rest_R
         if noise_ptr is not None:
             noisy_shift_R, noisy_rest_R, _, _, _ = moments(noisy)
         sure_R = entropy_of(rest_R, sum_R, n_R)
-        at_et = offs_e.to(tl.int64)[None, :] * T + t_R[:, None]
+        if COUNT:
+            tl.store(out_entropy_ptr + t_R, sure_R, mask=valid_R)
+            entropy_R += tl.where(n_R > 0, sure_R, 0.0)
         inside = valid_R[:, None] & (offs_e < E)[None, :]
         if log_p_ptr is not None:
+            at_et = offs_e.to(tl.int64)[None, :] * T + t_R[:, None]
             if CHOOSE:
                 taken = tl.load(log_p_ptr + at_et, mask=inside, other=-INFINITY) != -INFINITY
                 key = tl.where(taken, key, -INFINITY)
@@ -131,7 +139,6 @@ def _route_kernel(
                 log_p = a - (shift_R + log1p(rest_R))[:, None]
                 log_p = tl.where((a == -INFINITY) | (log_p != log_p), -INFINITY, log_p)
                 tl.store(log_p_ptr + at_et, log_p, mask=inside)
-        level = tl.zeros([BLOCK_R, BLOCK_E], tl.int32)
         if CHOOSE:
             slot = tl.full([BLOCK_R, BLOCK_K], -INFINITY, tl.float32)
             expert = tl.full([BLOCK_R, BLOCK_K], 0, tl.int32) + E
@@ -151,11 +158,13 @@ def _route_kernel(
                 if len(BANDS) > 0:
                     id_R = tl.where(k < keep_R, id_R, E)
                 hit &= (id_R < E)[:, None]
-                slot_R = tl.sum(tl.where(hit, noisy, 0.0), axis=1)
+                count += hit.to(tl.int32) * (((k + 1) << 16) + 2)
+                slot_R = threshold_R
+                if SIGMOID or entropy_ptr is not None:  # whose keys are not a
+                    slot_R = tl.sum(tl.where(hit, noisy, 0.0), axis=1)
                 slot_R = tl.where(id_R < E, slot_R, -INFINITY)
                 slot = tl.where((offs_k == k)[None, :], slot_R[:, None], slot)
                 expert = tl.where((offs_k == k)[None, :], id_R[:, None], expert)
-                level = tl.where(hit, k + 1, level)
             weight = slot_weights(slot, noisy_shift_R, noisy_rest_R, SUM)
             weight = tl.where(expert < E, weight, 0.0)
             at_tk = t_R.to(tl.int64)[:, None] * K + offs_k[None, :]
@@ -163,7 +172,8 @@ def _route_kernel(
             tl.store(weight_ptr + at_tk, weight, mask=used)
             tl.store(expert_ptr + at_tk, expert, mask=used)
             if level_ptr is not None:
-                tl.store(level_ptr + at_et, level.to(tl.int16), mask=inside)
+                at_et = offs_e.to(tl.int64)[None, :] * T + t_R[:, None]
+                tl.store(level_ptr + at_et, (count >> 16).to(tl.int16), mask=inside)
             if first_ptr is not None:
                 first_R = tl.sum(tl.where((offs_k == 0)[None, :], slot, 0.0), axis=1)
                 log_first_R = first_R - (noisy_shift_R + log1p(noisy_rest_R))
@@ -171,13 +181,9 @@ def _route_kernel(
             if win_ptr is not None:
                 win += normal_below(margin(a, threshold_R, noise_std))
         if COUNT:
-            tl.store(out_entropy_ptr + t_R, sure_R, mask=valid_R)
             some_R = n_R > 0
             importance += tl.where(some_R[:, None], power / (1.0 + rest_R)[:, None], 0.0)
-            load += (level > 0).to(tl.int32)
-            live |= (x != -INFINITY).to(tl.int32)
             tokens_R += some_R.to(tl.float32)
-            entropy_R += tl.where(some_R, sure_R, 0.0)
             if entropy_ptr is None:
                 total_R = shift_R + log1p(rest_R)
                 if SIGMOID:
@@ -188,7 +194,9 @@ def _route_kernel(
         at = p * E + offs_e
         is_e = offs_e < E
         tl.store(importance_ptr + at, tl.sum(importance, axis=0), mask=is_e)
-        tl.store(count_ptr + at, 2 * tl.sum(load, axis=0) + tl.max(live, axis=0), mask=is_e)
+        count &= 0xFFFF
+        slots = tl.sum(count >> 1, axis=0)
+        tl.store(count_ptr + at, (2 * slots + tl.max(count & 1, axis=0)).to(tl.int16), mask=is_e)
         if win_ptr is not None:
             tl.store(win_ptr + at, tl.sum(win, axis=0), mask=is_e)
         tl.store(sums_ptr + p * 3, tl.sum(tokens_R, axis=0))
@@ -312,9 +320,9 @@ def _route_finish_kernel(
         inside = (p < P)[:, None] & is_e[None, :]
         part = tl.load(part_importance_ptr + at, mask=inside, other=0.0)
         importance += tl.sum(part.to(tl.float64), axis=0)
-        count = tl.load(part_count_ptr + at, mask=inside, other=0)
-        load += tl.sum(count // 2, axis=0)
-        live = tl.maximum(live, tl.max(count % 2, axis=0))
+        count = tl.load(part_count_ptr + at, mask=inside, other=0).to(tl.int32)
+        load += tl.sum(count >> 1, axis=0)
+        live = tl.maximum(live, tl.max(count & 1, axis=0))
         if part_win_ptr is not None:
             part = tl.load(part_win_ptr + at, mask=inside, other=0.0)
             win += tl.sum(part.to(tl.float64), axis=0)
@@ -339,6 +347,20 @@ def _route_finish_kernel(
     tl.store(loss_ptr + 4, (entropy / tokens).to(tl.float32))
 
 
+def _wide_tile(T: int, given: Inputs) -> tuple[int, dict[str, int]]:
+    """How many times more tokens a program sums than it must, and a tile with as many times more
+    warps. The fewer programs, the fewer sums to write and read again; 64 programs stay."""
+    rows, warps = given.constants["BLOCK_R"], given.constants["num_warps"]
+    tokens = 64 if T >= 4096 else 32 if T >= 2048 else given.group
+    times = max(1, min(tokens // given.group, MAX_WARPS // warps))
+    aligned = not any(stride % _ALIGNED for stride in given.strides)
+    wider = times if aligned else max(1, min(times, _MAX_WARPS_UNALIGNED // warps))
+    tile = {"BLOCK_R": wider * rows, "num_warps": wider * warps}
+    if torch.version.hip is None:  # unasked, ptxas spills a number where 96 registers nearly do
+        tile["maxnreg"] = min(255, 2048 // tile["num_warps"])
+    return times, tile
+
+
 def route(
     score_TE: Tensor,
     top_k: int,
@@ -357,12 +379,15 @@ def route(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """weight_TK, expert_TK, entropy_T, load_E, importance_E, loss_L; options as in ops/route.py."""
-    given = inputs_of(
-        score_TE, entropy_TE, entropy_E, bias_E, noise_TE, policy=policy, **{**DEFAULTS, **options}
-    )
     (T, E), K, takes = score_TE.shape, top_k, policy == "expert_choice"
+    given = inputs_of(
+        *(score_TE, entropy_TE, entropy_E, bias_E, noise_TE),
+        policy=policy,
+        **{**DEFAULTS, **options},
+    )
     empty, f32, i32 = score_TE.new_empty, torch.float32, torch.int32
-    P, tokens = programs_of(T, E)
+    times, tile = _wide_tile(T, given)
+    P, tokens = programs_of(T, times * given.group)
     weight_TK, expert_TK = empty(T, K, dtype=f32), empty(T, K, dtype=i32)
     entropy_T, importance_E = empty(T, dtype=f32), empty(E, dtype=f32)
     load_E, loss_L = empty(E, dtype=i32), empty(5, dtype=f32)
@@ -370,7 +395,7 @@ def route(
     log_p_ET = empty(E, T, dtype=f32) if takes else None
     level_ET = empty(E, T, dtype=torch.int16) if drops else None
     first_T = empty(T, dtype=f32) if drops and capacity_order == "priority" else None
-    part_importance, part_count = empty(P, E, dtype=f32), empty(P, E, dtype=i32)
+    part_importance, part_count = empty(P, E, dtype=f32), empty(P, E, dtype=torch.int16)
     part_win = empty(P, E, dtype=f32) if noise_std > 0 else None
     part_sums = empty(P, 3, dtype=f32)
 
@@ -386,7 +411,7 @@ def route(
             COUNT=count,
             CHOOSE=choose,
             BLOCK_K=triton.next_power_of_2(K),
-            **given.constants,
+            **{**given.constants, **tile},
         )
 
     def keep_pass(bits: int) -> None:

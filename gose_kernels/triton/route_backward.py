@@ -9,7 +9,6 @@ give its two sides different bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gose_kernels.triton import declares, moves, size_of
+from gose_kernels.triton import moves
 from gose_kernels.triton.floats import exp, log1p
 from gose_kernels.triton.route_token import (
     DEFAULTS,
@@ -35,9 +34,7 @@ from gose_kernels.triton.route_token import (
     widen,
 )
 
-_LIVE_TILE = 256  # elements: a row of all that a program looks at is seldom missed
-_LIVE_TOKENS = 64  # of a program at least: it reads four rows, and a sector of every other one
-_SECTOR_BYTES = 32  # come together
+_LIVE_TOKENS = 64  # of a program at least that looks for tokens of an expert
 
 
 @triton.jit
@@ -51,36 +48,26 @@ def _cv2_slope(x, live, num_live):
     return tl.where(live & (mean != 0.0), slope, 0.0)
 
 
-def _live_work(args: Mapping[str, Any]) -> tuple[int, int]:
-    """All experts live: a tile of rows of every program, a sector of every token."""
-    score, programs = args["score_ptr"], args["tokens_ptr"].numel()
-    rows = programs * args["BLOCK_R"] * score.shape[1] * score.element_size()
-    sectors = score.shape[0] * _SECTOR_BYTES
-    flags = size_of(args["live_ptr"], args["tokens_ptr"])
-    return min(size_of(score), rows + sectors) + flags, 0
-
-
-@triton.jit(launch_metadata=declares(_live_work))
+@triton.jit(launch_metadata=moves("importance_ptr"))
 def _route_live_kernel(
     score_ptr,  # [T, E]
-    live_ptr,  # [P, E] int8, 1 = available to some token
-    tokens_ptr,  # [P] float32 tokens with any expert
+    importance_ptr,  # [E] float32, output of route
+    live_ptr,  # [P, E] int8, 1 = available to some token; of experts without importance
     T,
     E,
     stride_st,
     tokens,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    SECTOR: tl.constexpr,
 ):
-    """Rows are read until every expert is known to be live, and each until its token is."""
+    """Importance tells that an expert is live. Without any, it may have been too unlikely for a
+    float: then rows are read until one offers it."""
     p = tl.program_id(0).to(tl.int64)
     offs_e = tl.arange(0, BLOCK_E)
-    begin = p * tokens
-    stop = tl.minimum(T, begin + tokens)
-    live = (offs_e >= E).to(tl.int32)
-    start = begin
+    unsure = tl.load(importance_ptr + offs_e, mask=offs_e < E, other=1.0) == 0.0
+    live = (unsure == 0).to(tl.int32)
+    start = p * tokens
+    stop = tl.minimum(T, start + tokens)
     while (start < stop) & (tl.min(live, axis=0) == 0):
         t_R = start + tl.arange(0, BLOCK_R)
         x = tl.load(
@@ -90,23 +77,7 @@ def _route_live_kernel(
         )
         live |= tl.max((x != -INFINITY).to(tl.int32), axis=0)
         start += BLOCK_R
-    tl.store(live_ptr + p * E + offs_e, live.to(tl.int8), mask=offs_e < E)
-    count = tl.zeros([], tl.float32)
-    for start in range(begin, stop, BLOCK_T):
-        t_T = start + tl.arange(0, BLOCK_T)
-        known_T = (t_T >= stop).to(tl.int32)
-        e = 0
-        while (e < E) & (tl.min(known_T, axis=0) == 0):
-            offs_s = e + tl.arange(0, SECTOR)
-            x = tl.load(
-                score_ptr + t_T[:, None] * stride_st + offs_s[None, :],
-                mask=(known_T == 0)[:, None] & (offs_s < E)[None, :],
-                other=-INFINITY,
-            )
-            known_T |= tl.max((x != -INFINITY).to(tl.int32), axis=1)
-            e += SECTOR
-        count += tl.sum(((known_T > 0) & (t_T < stop)).to(tl.float32), axis=0)
-    tl.store(tokens_ptr + p, count)
+    tl.store(live_ptr + p * E + offs_e, live.to(tl.int8), mask=unsure)
 
 
 @triton.jit(launch_metadata=moves("score_ptr", "noise_ptr", "win_ptr"))
@@ -142,15 +113,14 @@ def _route_win_kernel(
 
 
 _SUMMED = (
-    *("part_live_ptr", "part_tokens_ptr", "part_win_ptr", "load_ptr", "importance_ptr"),
-    *("grad_importance_ptr", "grad_loss_ptr", "column_ptr", "win_slope_ptr", "scalar_ptr"),
+    *("part_win_ptr", "load_ptr", "importance_ptr", "grad_importance_ptr"),
+    *("grad_loss_ptr", "column_ptr", "win_slope_ptr", "scalar_ptr"),
 )
 
 
 @triton.jit(launch_metadata=moves(*_SUMMED))
 def _route_shared_kernel(
-    part_live_ptr,  # [P, E] and [P]: see _route_live_kernel
-    part_tokens_ptr,
+    part_live_ptr,  # [P, E]: see _route_live_kernel
     part_win_ptr,  # [W, E] or None: see _route_win_kernel
     load_ptr,  # [E] int32 and importance: outputs of route
     importance_ptr,  # [E] float32
@@ -169,28 +139,25 @@ def _route_shared_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     is_e = offs_e < E
     win = tl.zeros([BLOCK_E], tl.float64)
-    live = tl.zeros([BLOCK_E], tl.int32)
-    tokens = tl.zeros([], tl.float64)
-    for start in range(0, P, BLOCK_P):
+    importance = tl.load(importance_ptr + offs_e, mask=is_e, other=0.0).to(tl.float64)
+    unsure = is_e & (importance == 0.0)
+    live = (is_e & (importance != 0.0)).to(tl.int32)
+    for start in range(0, tl.where(tl.max(unsure.to(tl.int32), axis=0) > 0, P, 0), BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         at = p[:, None] * E + offs_e[None, :]
-        inside = (p < P)[:, None] & is_e[None, :]
-        part = tl.load(part_live_ptr + at, mask=inside, other=0)
+        part = tl.load(part_live_ptr + at, mask=(p < P)[:, None] & unsure[None, :], other=0)
         live |= tl.max(part.to(tl.int32), axis=0)
-        part = tl.load(part_tokens_ptr + p, mask=p < P, other=0.0)
-        tokens += tl.sum(part.to(tl.float64), axis=0)
     if part_win_ptr is not None:
         for start in range(0, W, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             at = p[:, None] * E + offs_e[None, :]
             part = tl.load(part_win_ptr + at, mask=(p < W)[:, None] & is_e[None, :], other=0.0)
             win += tl.sum(part.to(tl.float64), axis=0)
-    tokens = tl.maximum(tokens, 1.0)
+    tokens = tl.maximum(tl.floor(tl.sum(importance, axis=0) + 0.5), 1.0)  # each has 1
     is_live = live > 0
     num_live = tl.maximum(tl.sum(live, axis=0), 1).to(tl.float64)
     load = tl.load(load_ptr + offs_e, mask=is_e, other=0)
     assigned = tl.maximum(tl.sum(load, axis=0), 1).to(tl.float64)
-    importance = tl.load(importance_ptr + offs_e, mask=is_e, other=0.0).to(tl.float64)
     balance = tl.load(grad_loss_ptr).to(tl.float64) * num_live / assigned / tokens
     column = balance * load.to(tl.float64)
     column += tl.load(grad_loss_ptr + 1).to(tl.float64) * _cv2_slope(importance, is_live, num_live)
@@ -423,7 +390,7 @@ def route_backward(
     (T, E), K, f32 = score_TE.shape, top_k, torch.float32
     ranked = next(x for x in (entropy_TE, entropy_E, score_TE) if x is not None)
     grad = torch.empty_like(ranked, memory_format=torch.contiguous_format)
-    P, tokens = programs_of(T, E)
+    P, tokens = programs_of(T, given.group)
     per_module = entropy_E is not None
     part = score_TE.new_empty(P, E, dtype=f32) if per_module else grad
     block_e = given.constants["BLOCK_E"]
@@ -433,21 +400,18 @@ def route_backward(
         "num_warps": WARPS,
         "enable_fp_fusion": True,
     }
+    names = ("BLOCK_R", "BLOCK_E", "num_warps", "enable_fp_fusion")
+    tile = {name: given.constants[name] for name in names}
     column, win_slope, scalar = _dense(grad_importance_E), None, None
     with torch.cuda.device_of(score_TE):
         if grad_loss_L is not None and T > 0:
             live_tokens = _LIVE_TOKENS * triton.cdiv(tokens, _LIVE_TOKENS)
             L = triton.cdiv(T, live_tokens)
-            part_live = score_TE.new_empty(L, E, dtype=torch.int8)
-            part_tokens, part_win = score_TE.new_empty(L, dtype=f32), None
+            part_live, part_win = score_TE.new_empty(L, E, dtype=torch.int8), None
+            importance = _dense(importance_E)
             _route_live_kernel[(L,)](
-                *(given.tensors[0], part_live, part_tokens, T, E, given.strides[0], live_tokens),
-                BLOCK_R=max(1, _LIVE_TILE // block_e),
-                BLOCK_E=block_e,
-                BLOCK_T=_LIVE_TOKENS,
-                SECTOR=_SECTOR_BYTES // score_TE.element_size(),
-                num_warps=WARPS,
-                enable_fp_fusion=True,
+                *(given.tensors[0], importance, part_live, T, E, given.strides[0], live_tokens),
+                **tile,
             )
             if noise_std > 0:
                 part_win, win_slope = (
@@ -457,14 +421,11 @@ def route_backward(
                 _route_win_kernel[(P,)](
                     *(given.tensors[0], given.tensors[3], part_win, T, E, K),
                     *(given.strides[0], given.strides[2], tokens, float(noise_std)),
-                    BLOCK_R=given.constants["BLOCK_R"],
-                    BLOCK_E=block_e,
-                    num_warps=given.constants["num_warps"],
-                    enable_fp_fusion=True,
+                    **tile,
                 )
             column, scalar = score_TE.new_empty(E, dtype=f32), score_TE.new_empty(2, dtype=f32)
             _route_shared_kernel[(1,)](
-                *(part_live, part_tokens, part_win, _dense(load_E), _dense(importance_E)),
+                *(part_live, part_win, _dense(load_E), importance),
                 *(_dense(grad_importance_E), _dense(grad_loss_L), column, win_slope, scalar),
                 *(L, P, E, float(noise_std)),
                 **wide,

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from gose_kernels.triton.floats import exp, log1p
 
-WARPS, _MAX_WARPS = 4, 16
+WARPS, MAX_WARPS = 4, 16
 _TILE = 1024  # elements: 8 a thread
-_TOKENS = 16  # of a program at least: its sums are a quarter of their scores
-_PROGRAMS = 512  # at most; each sums its own tokens
+_TOKENS = 16  # of a program at least
+_PROGRAMS = 512  # at most, while a count of slots fits in 16 bits; each sums its own tokens
+_MOST_TOKENS = 8192  # twice as many fit
 FINISH_TILE = 2048
 INFINITY = tl.constexpr(float("inf"))
 DEFAULTS: dict[str, Any] = {
@@ -192,10 +193,9 @@ def _unit_columns(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-def programs_of(T: int, E: int) -> tuple[int, int]:
-    """Programs, and tokens of each: whole tiles, and few enough programs to add up quickly."""
-    rows = max(1, _TILE // triton.next_power_of_2(E))
-    tokens = rows * max(triton.cdiv(_TOKENS, rows), triton.cdiv(T, rows * _PROGRAMS))
+def programs_of(T: int, group: int) -> tuple[int, int]:
+    """Programs, and tokens of each: whole groups, and few enough programs to add up quickly."""
+    tokens = min(group * max(1, triton.cdiv(T, group * _PROGRAMS)), _MOST_TOKENS)
     return triton.cdiv(T, tokens), tokens
 
 
@@ -207,6 +207,7 @@ class Inputs(NamedTuple):
     numbers: tuple[float, ...]
     constants: dict[str, Any]
     sums_over: str
+    group: int  # tokens that a program sums at least, whole tiles
 
 
 def inputs_of(
@@ -227,6 +228,7 @@ def inputs_of(
     **_others: Any,
 ) -> Inputs:
     block_e, grouped = triton.next_power_of_2(score_TE.shape[1]), policy == "group_limited"
+    rows = max(1, _TILE // block_e)
     sigmoid = policy == "sigmoid" or (grouped and gate == "sigmoid")
     sums_over = "experts" if softmax_before else "chosen"
     if policy == "egs" or renormalize:
@@ -243,10 +245,11 @@ def inputs_of(
             "SIGMOID": sigmoid,
             "TEMPERED": tau is not None,
             "GROUPS": triton.next_power_of_2(num_groups) if grouped else 0,
-            "BLOCK_R": max(1, _TILE // block_e),
+            "BLOCK_R": rows,
             "BLOCK_E": block_e,
-            "num_warps": max(WARPS, min(_MAX_WARPS, block_e // 256)),
+            "num_warps": max(WARPS, min(MAX_WARPS, block_e // 256)),
             "enable_fp_fusion": True,
         },
         sums_over,
+        rows * triton.cdiv(_TOKENS, rows),
     )

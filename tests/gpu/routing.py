@@ -145,7 +145,7 @@ def route(call: Call, *args: Any) -> Outputs:
     (score, K, *others), options = split(args)
     call_, given, tensors = _route_input(score, K, *(others or [None] * 4), options)
     T, E = score.shape
-    tokens = 16 if E > 128 or T < 4096 else 32 if T < 8192 else 64
+    tokens = 16 if E > 128 or T < 2048 else 32 if T < 4096 else 64
     blocks, takes = -(-T // tokens), call_.policy == "expert_choice"
     f32, i32 = torch.float32, torch.int32
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -194,7 +194,7 @@ def route_backward(call: Call, *args: Any) -> Outputs:
     }
     if losses:
         shapes |= {"column": ((E,), f32), "scalar": ((2,), f32)}
-        shapes |= {"part_live": ((parts, E), torch.uint8), "part_tokens": ((parts,), f32)}
+        shapes["part_live"] = (parts, E), torch.uint8
     if losses and call_.noise_std > 0:
         shapes |= {"part_win": ((blocks, E), f32), "win_slope": ((E,), f32)}
     if per_module:
@@ -225,6 +225,8 @@ def _with_gradients(args: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[
 def route_backward_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for label, (*args, options) in route_cases(dtype):
         yield label, (*_with_gradients(tuple(args), options), options)
+    args, options = cases.RouteCase(70, 12, 3, "far").build(dtype)
+    yield "70x12top3-far", (*_with_gradients(args, options), Options(options))
     # One gradient alone, where all experts are there and where some are gone, in several parts.
     for kind, start in product(("normal", "masked"), range(4)):
         args, options = cases.RouteCase(70, 12, 3, kind).build(dtype)
@@ -241,31 +243,37 @@ def route_cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield str(case), (*args, Options(options))
 
 
-def route_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+def _tiles(T: int, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Every number of experts of a tile; every policy and pass at 64 experts."""
     nothing = (None,) * 4
     for E, K in ((64, 8), (8, 2), (1, 1), (128, 8), (252, 8), (1024, 8), (4096, 16)):
-        yield f"E{E}", (_meta(64, E, dtype=dtype), K, *nothing)
-    score, f32 = _meta(64, 64, dtype=dtype), torch.float32
+        yield f"E{E}", (_meta(T, E, dtype=dtype), K, *nothing)
+    score, f32 = _meta(T, 64, dtype=dtype), torch.float32
+    shapes = {"TE": (T, 64), "E": (64,)}
     for case in cases.route:
         if case.T == 37 and case.kind == "normal" and (case.options or case.entropy):
-            H = [_meta(*s, dtype=f32) if case.entropy == k else None for k, s in _H_SHAPES.items()]
+            H = [_meta(*s, dtype=f32) if case.entropy == k else None for k, s in shapes.items()]
             bias = _meta(64, dtype=f32) if case.bias else None
-            noise = _meta(64, 64, dtype=f32) if case.noise else None
+            noise = _meta(T, 64, dtype=f32) if case.noise else None
             options = Options(case.options)
             if "num_groups" in options:
                 options["num_groups"] = 4
             yield f"E64-{case}", (score, 8, *H, bias, noise, options)
 
 
+def route_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Of many tokens, whose tiles have the most warps, and of few."""
+    for T in (4096, 64):
+        for label, args in _tiles(T, dtype):
+            yield f"T{T}-{label}", args
+    yield "T2048-E64", (_meta(2048, 64, dtype=dtype), 8, *(None,) * 4)
+
+
 def route_backward_tiles(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
     f32, i32 = torch.float32, torch.int32
-    for label, (score, K, *rest) in route_tiles(dtype):
+    for label, (score, K, *rest) in _tiles(64, dtype):
         T, E = score.shape
         slots, each = (T, K), (E,)
         more = (_meta(*slots, dtype=i32), _meta(*each, dtype=i32), _meta(*each, dtype=f32))
         grads = [_meta(*s, dtype=f32) for s in (slots, (T,), each, (5,))]
         yield label, (score, K, *rest[:4], *more, *grads, *rest[4:])
-
-
-_H_SHAPES = {"TE": (64, 64), "E": (64,)}

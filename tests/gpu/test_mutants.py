@@ -165,7 +165,8 @@ MUTANTS = [
         "p.expert[n] < p.in.E ? p.grad_weight[n] : 0.0f",
         "p.grad_weight[n]",
     ),
-    Mutant("a token for all", _ROUTE_BACK, "& mine) != 0", "& kWholeWarp) != 0"),
+    Mutant("all live", _ROUTE_BACK, "e < E && p.importance[e] != 0.0f", "e < E"),
+    Mutant("tokens halved", _ROUTE_BACK, "warp_total(tokens) + 0.5", "warp_total(tokens) * 0.5"),
     Mutant("dtype truncated", _ROUTE_BACK, "double(p.part_grad[", "int(p.part_grad["),
     Mutant("threshold held", _ROUTE_BACK, "rows.key[last.at] -= through;", ""),
     Mutant(
@@ -245,6 +246,13 @@ TRITON_MUTANTS = [
         "mask=(t_R < stop)[:, None]",
         "mask=(t_R < stop + BLOCK_R)[:, None]",
     ),
+    TritonMutant("all live", _ROUTE_BACK, "(is_e & (importance != 0.0))", "is_e"),
+    TritonMutant(
+        "no row is read",
+        _ROUTE_BACK,
+        "(start < stop) & (tl.min(live, axis=0) == 0)",
+        "(start < stop) & (tl.min(live, axis=0) < 0)",
+    ),
     TritonMutant(
         "dtype truncated",
         _ROUTE_BACK,
@@ -259,6 +267,13 @@ TRITON_MUTANTS = [
         "mask dropped", _ROUTE, "hit &= (id_R < E)[:, None]", "hit &= (id_R <= E)[:, None]"
     ),
     TritonMutant("tie to the larger", _ROUTE, "(place <= capacity)", "(place < capacity)"),
+    TritonMutant("level of the last pass", _ROUTE, "count = (count & 0xFFFF) |", "count = count |"),
+    TritonMutant(
+        "available twice",
+        _ROUTE,
+        "tl.sum(count >> 1, axis=0)\n        tl",
+        "tl.sum(count, axis=0)\n        tl",
+    ),
     TritonMutant(
         "dtype truncated",
         _ROUTE,
