@@ -166,7 +166,7 @@ MUTANTS = [
         "p.grad_weight[n]",
     ),
     Mutant("all live", _ROUTE_BACK, "e < E && p.importance[e] != 0.0f", "e < E"),
-    Mutant("tokens halved", _ROUTE_BACK, "warp_total(tokens) + 0.5", "warp_total(tokens) * 0.5"),
+    Mutant("tokens halved", _ROUTE_BACK, "warp_sum(tokens) + 0.5", "warp_sum(tokens) * 0.5"),
     Mutant("dtype truncated", _ROUTE_BACK, "double(p.part_grad[", "int(p.part_grad["),
     Mutant("threshold held", _ROUTE_BACK, "rows.key[last.at] -= through;", ""),
     Mutant(
