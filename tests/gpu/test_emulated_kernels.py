@@ -108,10 +108,11 @@ def _under_sanitizer(*arguments_: str) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
 
 
+@pytest.mark.timeout(640)
 def test_address_sanitizer_finds_nothing(tmp_path: Path) -> None:
     """Every case of every kernel; tensors and shared arrays have red zones around them."""
     done = _under_sanitizer(str(tmp_path))

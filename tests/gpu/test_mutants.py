@@ -357,8 +357,11 @@ def test_mutant_is_killed(mutant: Mutant, tmp_path: Path) -> None:
     source.write_text((kernels / source.name).read_text())
     text = (kernels / (mutant.header or source.name)).read_text()
     assert text.count(mutant.old) == mutant.count
-    if mutant.header:  # found before the real one: it lies beside the source
+    if mutant.header:  # found before the real ones: they lie beside the source and each other
         (tmp_path / "cuda").mkdir()
+        for header in (*kernels.glob("*.cuh"), *kernels.glob("*.h")):
+            shutil.copy(header, tmp_path / "cuda")
+        (tmp_path / "cuda" / "cuda").symlink_to(tmp_path / "cuda")
     planted = tmp_path / "cuda" / mutant.header if mutant.header else source
     planted.write_text(text.replace(mutant.old, mutant.new))
     assert _killed(mutant, source, tmp_path)
