@@ -340,8 +340,9 @@ def test_the_same_bits_for_any_number_of_threads(backend, options):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+# What opcheck looks at does not grow with tokens, and it runs an op many times.
 @pytest.mark.parametrize("backend", backends_of("route", interpreted=3))
-@pytest.mark.parametrize("case", cases.route[::7], ids=str)
+@pytest.mark.parametrize("case", [c for c in cases.route[::7] if c.T < 1000], ids=str)
 def test_opcheck(case, backend):
     args, options = case.build()
     if not runs_on(backend, args, options):
