@@ -1,5 +1,5 @@
 """The machine itself: instructions against Python's integers and float64, the same matrix products
-as NumPy, exact counts, and one small kernel that trips each detector."""
+as NumPy."""
 
 from __future__ import annotations
 
@@ -10,55 +10,8 @@ import numpy as np
 import pytest
 
 from tests.ptx import machine
-from tests.ptx.faults import Counts, KernelError
-from tests.ptx.memory import Global
-from tests.ptx.parse import kernels
-
-_REGISTERS = (
-    ".reg .pred %p<9>; .reg .b16 %h<9>; .reg .b32 %r<60>; .reg .f32 %f<30>; .reg .b64 %d<20>;"
-)
-
-
-def _module(body: str, params: int = 2, shared: str = "") -> str:
-    declared = ", ".join(f".param .u64 p{i}" for i in range(params))
-    loads = "".join(f"ld.param.u64 %d{i}, [p{i}];" for i in range(params))
-    return (
-        f".version 8.8\n.target sm_80\n.address_size 64\n.visible .entry kernel({declared})\n"
-        f"{{ {_REGISTERS} {shared} {loads} mov.u32 %r0, %tid.x; mul.wide.u32 %d9, %r0, 4;\n"
-        f"add.u64 %d10, %d0, %d9; add.u64 %d11, %d1, %d9;\n{body}\nret; }}"
-    )
-
-
-def _aligned(size: int, dtype: str) -> np.ndarray:
-    """Zeros that begin on a 128-byte boundary."""
-    raw = np.zeros(size * np.dtype(dtype).itemsize + 128, np.uint8)
-    start = -raw.ctypes.data % 128
-    return raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
-
-
-def _run(
-    body: str,
-    *arrays: np.ndarray,
-    threads: int = 32,
-    blocks: int = 1,
-    shared: str = "",
-    dynamic: int = 0,
-    order: str = "forward",
-    lanes: int = 8192,
-) -> Counts:
-    """Runs a kernel whose %d0, %d1, ... are the arrays, %r0 the thread, %d10 and %d11 the addresses
-    of the thread's own words in the first two."""
-    text = _module(body, max(2, len(arrays)), shared)
-    kernel = kernels(text)["kernel"]
-    spans = [(a.ctypes.data, a.nbytes, f"array {i}") for i, a in enumerate(arrays)]
-    addresses = [(a.ctypes.data, 8) for a in arrays] + [(0, 8)] * (2 - len(arrays))
-    launch = machine.Launch(
-        (blocks, 1, 1), (threads, 1, 1), machine.pack(kernel, addresses), dynamic
-    )
-    return machine.run(kernel, launch, Global(spans), order=order, lanes=lanes)
-
-
-# ---- instructions ----------------------------------------------------------------------------
+from tests.ptx.faults import KernelError
+from tests.ptx.small import aligned, run
 
 _INTS = np.array(
     [
@@ -166,11 +119,11 @@ _INTEGER = {
 @pytest.mark.parametrize("code", _INTEGER)
 def test_integer_instructions(code: str) -> None:
     """Every pair of hostile words, 32 partners one after the other."""
-    a, b, out = (_aligned(32, "u4") for _ in range(3))
+    a, b, out = (aligned(32, "u4") for _ in range(3))
     a[:] = _INTS
     for turn in range(0, 32, 3):
         b[:] = np.roll(_INTS, turn)
-        _run(
+        run(
             "ld.global.u32 %r1, [%d10]; ld.global.u32 %r2, [%d11]; setp.lo.u32 %p0, %r1, 100;"
             f"add.u64 %d12, %d2, %d9; {code} st.global.u32 [%d12], %r3;",
             *(a, b, out),
@@ -181,10 +134,10 @@ def test_integer_instructions(code: str) -> None:
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_division(signed: bool) -> None:
-    a, b, out = _aligned(32, "u4"), _aligned(32, "u4"), _aligned(64, "u4")
+    a, b, out = aligned(32, "u4"), aligned(32, "u4"), aligned(64, "u4")
     a[:], b[:] = _INTS, np.roll(_INTS, 5) | 1
     kind = "s32" if signed else "u32"
-    _run(
+    run(
         f"ld.global.u32 %r1, [%d10]; ld.global.u32 %r2, [%d11]; div.{kind} %r3, %r1, %r2;"
         f"rem.{kind} %r4, %r1, %r2; mul.wide.u32 %d12, %r0, 8; add.u64 %d12, %d2, %d12;"
         "st.global.v2.u32 [%d12], {%r3, %r4};",
@@ -286,11 +239,11 @@ _FLOAT = {
 
 @pytest.mark.parametrize("code", _FLOAT)
 def test_float_instructions(code: str) -> None:
-    a, b, out = (_aligned(32, "f4") for _ in range(3))
+    a, b, out = (aligned(32, "f4") for _ in range(3))
     a[:] = _F32
     for turn in range(0, 32, 5):
         b[:] = np.roll(_F32, turn)
-        _run(
+        run(
             "ld.global.f32 %f1, [%d10]; ld.global.f32 %f2, [%d11];"
             f"add.u64 %d12, %d2, %d9; {code} st.global.f32 [%d12], %f3;",
             *(a, b, out),
@@ -302,10 +255,10 @@ def test_float_instructions(code: str) -> None:
 
 
 def test_bfloat16_conversions() -> None:
-    a, b, out = _aligned(32, "f4"), _aligned(32, "f4"), _aligned(64, "u4")
+    a, b, out = aligned(32, "f4"), aligned(32, "f4"), aligned(64, "u4")
     a[:] = _F32
     b[:] = (np.arange(32, dtype=np.uint32) * 0x4001 + 0x3F808000).view(np.float32)
-    _run(
+    run(
         "ld.global.f32 %f1, [%d10]; ld.global.f32 %f2, [%d11]; mul.wide.u32 %d12, %r0, 8;"
         "cvt.rn.bf16.f32 %h1, %f1; cvt.rn.bf16x2.f32 %r3, %f1, %f2; cvt.u32.u16 %r4, %h1;"
         "add.u64 %d12, %d2, %d12; st.global.v2.b32 [%d12], {%r3, %r4};",
@@ -328,8 +281,8 @@ def test_bfloat16_conversions() -> None:
     ],
 )
 def test_shuffles(mode: str, b: int, c: int, source) -> None:  # type: ignore[no-untyped-def]
-    out = _aligned(32, "u4")
-    _run(
+    out = aligned(32, "u4")
+    run(
         f"mul.lo.u32 %r1, %r0, 11; shfl.sync.{mode}.b32 %r2, %r1, {b}, {c}, -1;"
         "st.global.u32 [%d10], %r2;",
         out,
@@ -338,8 +291,8 @@ def test_shuffles(mode: str, b: int, c: int, source) -> None:  # type: ignore[no
 
 
 def test_votes_and_reductions() -> None:
-    out = _aligned(128, "u4")
-    _run(
+    out = aligned(128, "u4")
+    run(
         "and.b32 %r1, %r0, 3; setp.eq.u32 %p1, %r1, 1; vote.sync.ballot.b32 %r2, %p1, -1;"
         "vote.sync.any.pred %p2, %p1, -1; selp.u32 %r3, 1, 0, %p2; redux.sync.add.s32 %r4, %r0, -1;"
         "match.any.sync.b32 %r5, %r1, -1; mul.wide.u32 %d12, %r0, 16; add.u64 %d12, %d0, %d12;"
@@ -370,7 +323,7 @@ def test_tensor_core(kind: str, shape: str, registers: tuple[int, int]) -> None:
             sum(int(np.float32(v).view(np.uint32)) >> 16 << 16 * i for i, v in enumerate(values))
         )
 
-    a, b, out = _aligned(128, "u4"), _aligned(64, "u4"), _aligned(128, "f4")
+    a, b, out = aligned(128, "u4"), aligned(64, "u4"), aligned(128, "f4")
     for lane in range(32):
         group, t = divmod(lane, 4)
         for r in range(4):
@@ -379,7 +332,7 @@ def test_tensor_core(kind: str, shape: str, registers: tuple[int, int]) -> None:
         for r in range(2):
             row = t * per + 4 * per * r
             b[2 * lane + r] = bits([int(B[row + i, group]) for i in range(per)])
-    counts = _run(
+    counts = run(
         "mul.wide.u32 %d12, %r0, 16; add.u64 %d13, %d0, %d12; add.u64 %d14, %d2, %d12;"
         "mul.wide.u32 %d12, %r0, 8; add.u64 %d15, %d1, %d12; mov.f32 %f1, 0f3F800000;"
         "ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%d13]; ld.global.v2.b32 {%r5, %r6}, [%d15];"
@@ -400,9 +353,9 @@ def test_tensor_core(kind: str, shape: str, registers: tuple[int, int]) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix(transposed: bool) -> None:
     """Four 8 x 8 matrices of their own element numbers."""
-    out = _aligned(128, "u4")
+    out = aligned(128, "u4")
     trans = ".trans" if transposed else ""
-    _run(
+    run(
         "mov.u32 %r9, s; shl.b32 %r8, %r0, 4; add.u32 %r9, %r9, %r8; mul.lo.u32 %r1, %r0, 0x80008;"
         "add.u32 %r1, %r1, 0x10000; add.u32 %r2, %r1, 0x20002; add.u32 %r3, %r1, 0x40004;"
         "add.u32 %r4, %r1, 0x60006; st.shared.v4.b32 [%r9], {%r1, %r2, %r3, %r4}; bar.sync 0;"
@@ -424,8 +377,8 @@ def test_ldmatrix(transposed: bool) -> None:
 
 def test_divergent_branches_meet_again() -> None:
     """Collatz: every thread loops its own number of times, then the warp shuffles."""
-    out = _aligned(64, "u4")
-    _run(
+    out = aligned(64, "u4")
+    run(
         "add.u32 %r1, %r0, 1; mov.u32 %r2, 0; LOOP: setp.eq.u32 %p1, %r1, 1; @%p1 bra DONE;"
         "and.b32 %r3, %r1, 1; setp.eq.u32 %p2, %r3, 0; @%p2 bra EVEN; mad.lo.u32 %r1, %r1, 3, 1;"
         "bra.uni NEXT; EVEN: shr.u32 %r1, %r1, 1; NEXT: add.u32 %r2, %r2, 1; bra.uni LOOP;"
@@ -442,10 +395,10 @@ def test_divergent_branches_meet_again() -> None:
 
 def test_atomics_of_all_threads() -> None:
     """Sums of integers in any order, and old values that are all different."""
-    total, out = _aligned(1, "u4"), _aligned(160, "u4")
+    total, out = aligned(1, "u4"), aligned(160, "u4")
     for order in machine.ORDERS:
         total[:] = 0
-        _run(
+        run(
             "mov.u32 %r5, %ctaid.x; mad.lo.u32 %r6, %r5, 40, %r0;"
             "atom.global.add.u32 %r1, [%d0], 3;"
             "mul.wide.u32 %d12, %r6, 4; add.u64 %d12, %d1, %d12; st.global.u32 [%d12], %r1;",
@@ -461,7 +414,7 @@ def test_atomics_of_all_threads() -> None:
 
 def test_parameters_by_address() -> None:
     """Every thread reads an 8-byte parameter of its own: alone, and through a generic address."""
-    out, other = _aligned(4, "u8"), _aligned(1, "u8")
+    out, other = aligned(4, "u8"), aligned(1, "u8")
     body = (
         "mov.b64 %d12, p0; cvta.param.u64 %d13, %d12; mul.wide.u32 %d9, %r0, 8;"
         "and.b64 %d9, %d9, 8; add.u64 %d14, %d12, %d9; add.u64 %d15, %d13, %d9;"
@@ -469,270 +422,7 @@ def test_parameters_by_address() -> None:
         "add.u64 %d18, %d18, %d16; mul.wide.u32 %d9, %r0, 8; add.u64 %d10, %d0, %d9;"
         "st.global.u64 [%d10], %d18;"
     )
-    _run(body, out, other, threads=4)
+    run(body, out, other, threads=4)
     assert out.tolist() == [out.ctypes.data, other.ctypes.data] * 2
     with pytest.raises(KernelError, match="out of bounds"):
-        _run("mov.b64 %d12, p0; ld.param.u64 %d16, [%d12+16];", out, other)
-
-
-# ---- counts ----------------------------------------------------------------------------------
-
-
-def test_counts_of_global_memory() -> None:
-    """A warp reads 128 neighbouring bytes, every second word, one word."""
-    x, out = _aligned(64, "f4"), _aligned(32, "f4")
-    counts = _run("ld.global.f32 %f1, [%d10]; st.global.f32 [%d11], %f1;", x, out)
-    assert (counts.sectors, counts.requested_bytes, counts.bytes) == (8, 256, 256)
-    assert counts.sector_efficiency == 1
-    counts = _run(
-        "mul.wide.u32 %d12, %r0, 8; add.u64 %d12, %d0, %d12; ld.global.f32 %f1, [%d12];", x, out
-    )
-    assert (counts.sectors, counts.read_bytes, counts.sector_efficiency) == (8, 128, 0.5)
-    counts = _run("ld.global.f32 %f1, [%d0]; ld.global.f32 %f2, [%d0];", x, out)
-    assert (counts.sectors, counts.block_sectors, counts.requested_bytes) == (2, 1, 8)
-    assert counts.read_bytes == 4
-
-
-def test_counts_of_arithmetic() -> None:
-    """Active threads count, and warps with one."""
-    out = _aligned(64, "f4")
-    counts = _run(
-        "mov.f32 %f1, 0f3F800000; setp.lt.u32 %p1, %r0, 5; @%p1 add.f32 %f1, %f1, %f1;"
-        "fma.rn.f32 %f2, %f1, %f1, %f1; st.global.f32 [%d10], %f2;",
-        out,
-        threads=64,
-    )
-    assert counts.flops == 5 + 2 * 64
-    assert counts.opcodes["add"] == 2 * 2 + 1  # addresses of both warps, floats of one
-    assert counts.opcodes["fma"] == 2
-
-
-@pytest.mark.parametrize(
-    ("stride", "kind", "conflicts"),
-    [
-        (4, "b32", 0),
-        (8, "b32", 1),
-        (128, "b32", 31),
-        (0, "b32", 0),
-        (16, "v4.b32", 0),
-        (32, "v4.b32", 4),
-        (132, "b32", 0),
-    ],
-)
-def test_bank_conflicts(stride: int, kind: str, conflicts: int) -> None:
-    registers = "{%r1, %r2, %r3, %r4}" if kind.startswith("v4") else "%r1"
-    counts = _run(
-        f"mov.u32 %r9, s; mul.lo.u32 %r8, %r0, {stride}; add.u32 %r9, %r9, %r8; mov.u32 %r1, 0;"
-        f"mov.u32 %r2, 0; mov.u32 %r3, 0; mov.u32 %r4, 0; st.shared.{kind} [%r9], {registers};",
-        shared=".shared .align 16 .b8 s[8192];",
-    )
-    assert counts.bank_conflicts == conflicts
-    assert counts.shared_phases == (4 if kind.startswith("v4") else 1)
-
-
-# ---- detectors -------------------------------------------------------------------------------
-
-_S = ".shared .align 16 .b8 s[512];"
-_WORD = "mov.u32 %r9, s; shl.b32 %r8, %r0, 2; add.u32 %r9, %r9, %r8;"  # the thread's own word
-_OTHER = "xor.b32 %r7, %r9, 128;"  # that of a thread of the other warp: s is 512-byte aligned here
-_COPY = "cp.async.ca.shared.global [%r9], [%d10], 4; cp.async.commit_group;"
-
-_FAULTS = {
-    "out of bounds: one past": (
-        "ld.global.u32 %r1, [%d10+4];",
-        "out of bounds",
-    ),
-    "out of bounds: before": ("ld.global.u32 %r1, [%d10+-4];", "out of bounds"),
-    "out of bounds: store": ("st.global.u32 [%d10+65536], %r0;", "out of bounds"),
-    "out of bounds: shared": (
-        f"{_WORD} st.shared.u32 [%r9+384], %r0;",
-        "out of bounds",
-    ),
-    "misaligned": ("ld.global.v2.u32 {%r1, %r2}, [%d10];", "misaligned"),
-    "unwritten shared memory": (f"{_WORD} ld.shared.u32 %r1, [%r9];", "unwritten shared memory"),
-    "unwritten by one thread": (
-        f"{_WORD} {_OTHER} setp.ne.u32 %p1, %r0, 3; @%p1 st.shared.u32 [%r9], %r0; bar.sync 0;"
-        "ld.shared.u32 %r1, [%r7];",
-        "unwritten shared memory",
-    ),
-    "race: read after write": (
-        f"{_WORD} {_OTHER} st.shared.u32 [%r9], %r0; bar.sync 0; st.shared.u32 [%r9], %r0;"
-        "ld.shared.u32 %r1, [%r7];",
-        "race",
-    ),
-    "race: write after read": (
-        f"{_WORD} {_OTHER} st.shared.u32 [%r9], %r0; bar.sync 0; ld.shared.u32 %r1, [%r7];"
-        "st.shared.u32 [%r9], %r1;",
-        "race",
-    ),
-    "race: write after write": (
-        f"{_WORD} {_OTHER} st.shared.u32 [%r9], %r0; st.shared.u32 [%r7], %r0;",
-        "race",
-    ),
-    "race: one store of two warps": (
-        "mov.u32 %r9, s; st.shared.u32 [%r9], %r0;",
-        "race",
-    ),
-    "race: within a warp": (
-        f"{_WORD} xor.b32 %r7, %r9, 4; st.shared.u32 [%r9], %r0; ld.shared.u32 %r1, [%r7];",
-        "race",
-    ),
-    "race: read by a whole warp, written by one": (
-        "mov.u32 %r9, s; setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [%r9], %r0; bar.sync 0;"
-        "ld.shared.u32 %r1, [%r9]; @%p1 st.shared.u32 [%r9], 7;",
-        "race",
-    ),
-    "race: global store": (
-        "mov.u32 %r5, %ctaid.x; mul.wide.u32 %d12, %r5, 4; add.u64 %d12, %d0, %d12;"
-        "st.global.u32 [%d12], %r0;",
-        "race",
-    ),
-    "race: atomic and plain": (
-        f"{_WORD} st.shared.u32 [%r9], %r0; bar.sync 0; mov.u32 %r6, s; ld.shared.u32 %r1, [%r9];"
-        "atom.shared.add.u32 %r2, [%r6], 1;",
-        "race",
-    ),
-    "copy: no wait": (
-        f"{_WORD} {_COPY} bar.sync 0; ld.shared.u32 %r1, [%r9];",
-        "asynchronous copy",
-    ),
-    "copy: a wait too few": (
-        f"{_WORD} {_COPY} cp.async.ca.shared.global [%r9+256], [%d10], 4; cp.async.commit_group;"
-        "cp.async.wait_group 1; bar.sync 0; ld.shared.u32 %r1, [%r9+256];",
-        "asynchronous copy",
-    ),
-    "copy: not committed": (
-        f"{_WORD} cp.async.ca.shared.global [%r9], [%d10], 4; cp.async.wait_group 0;"
-        "ld.shared.u32 %r1, [%r9];",
-        "asynchronous copy",
-    ),
-    "copy: no barrier after the wait": (
-        f"{_WORD} {_OTHER} {_COPY} cp.async.wait_group 0; ld.shared.u32 %r1, [%r7];",
-        "race",
-    ),
-    "copy: over what is still read": (
-        f"{_WORD} {_OTHER} st.shared.u32 [%r9], %r0; bar.sync 0; ld.shared.u32 %r1, [%r7]; {_COPY}",
-        "race",
-    ),
-    "divergent barrier: two places": (
-        "setp.lt.u32 %p1, %r0, 32; @%p1 bra A; bar.sync 0; bra.uni B; A: bar.sync 0; B:",
-        "divergent barrier",
-    ),
-    "divergent barrier: some threads left": (
-        "setp.lt.u32 %p1, %r0, 40; @%p1 ret; bar.sync 0;",
-        "divergent barrier",
-    ),
-    "divergent warp: absent lanes": (
-        "setp.lt.u32 %p1, %r0, 7; @%p1 bra A; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1; A:",
-        "divergent warp",
-    ),
-    "divergent warp: not in the mask": (
-        "shfl.sync.idx.b32 %r1, %r0, 0, 31, 1;",
-        "divergent warp",
-    ),
-    "endless": ("LOOP: bra.uni LOOP;", "endless"),
-    "unwritten register": ("st.global.u32 [%d10], %r20;", "unwritten register"),
-    "trap": ("trap;", "trap"),
-}
-
-
-@pytest.mark.parametrize("name", _FAULTS)
-def test_detector(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The faulty kernel faults as what it is, in every order and however few blocks run at once."""
-    code, kind = _FAULTS[name]
-    monkeypatch.setattr(machine, "_MAX_STEPS", 1000)
-    x = _aligned(64, "u4")
-    for order in machine.ORDERS:
-        for lanes in (1, 8192):
-            with pytest.raises(KernelError) as caught:
-                _run(code, x, threads=64, blocks=3, shared=_S, order=order, lanes=lanes)
-            assert caught.value.kind == kind, str(caught.value)
-
-
-_SOUND = {
-    "barrier between": (
-        f"{_WORD} {_OTHER} st.shared.u32 [%r9], %r0; bar.sync 0; ld.shared.u32 %r1, [%r7];"
-    ),
-    "warp barrier within a warp": (
-        f"{_WORD} xor.b32 %r7, %r9, 4; st.shared.u32 [%r9], %r0; bar.warp.sync -1;"
-        "ld.shared.u32 %r1, [%r7]; bar.warp.sync -1; st.shared.u32 [%r9], %r0;"
-    ),
-    "own word again": (
-        f"{_WORD} st.shared.u32 [%r9], %r0; ld.shared.u32 %r1, [%r9]; st.shared.u32 [%r9], %r1;"
-    ),
-    "the same value from all": "mov.u32 %r9, s; st.shared.u32 [%r9], 7;",
-    "copy, wait, barrier": (
-        f"{_WORD} {_OTHER} {_COPY} cp.async.wait_group 0; bar.sync 0; ld.shared.u32 %r1, [%r7];"
-    ),
-    "older of two groups": (
-        f"{_WORD} {_COPY} cp.async.ca.shared.global [%r9+256], [%d10], 4; cp.async.commit_group;"
-        "cp.async.wait_group 1; ld.shared.u32 %r1, [%r9]; cp.async.wait_all;"
-        "ld.shared.u32 %r2, [%r9+256];"
-    ),
-    "copy of nothing from nowhere": (
-        f"{_WORD} mov.u64 %d12, 8; cp.async.ca.shared.global [%r9], [%d12], 4, 0;"
-        "cp.async.wait_all; ld.shared.u32 %r1, [%r9];"
-    ),
-    "shuffle of those that are here": (
-        "setp.lt.u32 %p1, %r0, 32; @%p1 bra A; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1; A:"
-    ),
-}
-
-
-@pytest.mark.parametrize("name", _SOUND)
-def test_no_false_alarm(name: str) -> None:
-    x = _aligned(64, "u4")
-    counted = [
-        _run(_SOUND[name], x, threads=64, blocks=3, shared=_S, order=order).instructions
-        for order in machine.ORDERS
-    ]
-    assert set(counted) == {counted[0]}
-    assert counted[0] >= 3 * 2  # blocks, warps
-
-
-_BLOCK = "mov.u32 %r5, %ctaid.x; mul.wide.u32 %d12, %r5, 4; add.u64 %d12, %d0, %d12;"
-_BLOCK_ORDER = {
-    "read of another block's word": (
-        f"{_BLOCK} st.global.u32 [%d12], 1; setp.gt.u32 %p1, %r5, 0;"
-        "@%p1 ld.global.u32 %r1, [%d12+-4];"
-    ),
-    "write of another block's word": "st.global.u32 [%d0], 1;",
-    "write of what another block reads": (
-        f"{_BLOCK} ld.global.u32 %r1, [%d0]; st.global.u32 [%d12], 1;"
-    ),
-    "one byte of a word": (
-        f"{_BLOCK} shr.u64 %d13, %d9, 0; mov.u32 %r6, %ctaid.x; cvt.u64.u32 %d13, %r6;"
-        "add.u64 %d13, %d0, %d13; st.global.u8 [%d13], 1; st.global.u32 [%d12], 1;"
-    ),
-    "atomic and plain": (f"{_BLOCK} red.global.add.u32 [%d0], 1; ld.global.u32 %r1, [%d12];"),
-}
-
-
-@pytest.mark.parametrize("name", _BLOCK_ORDER)
-def test_dependence_on_block_order(name: str) -> None:
-    x = _aligned(64, "u4")
-    for order in machine.ORDERS:
-        for lanes in (1, 8192):
-            with pytest.raises(KernelError) as caught:
-                _run(_BLOCK_ORDER[name], x, threads=1, blocks=4, order=order, lanes=lanes)
-            assert caught.value.kind == "block order", str(caught.value)
-
-
-def test_unknown_instructions_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="wgmma"):
-        _run("wgmma.fence.sync.aligned;")
-
-
-def test_a_thread_writes_what_its_warp_read_before_a_warp_sync() -> None:
-    """All read the first word; synced, the first thread reads it again and writes it."""
-    body = (
-        "shl.b32 %r1, %r0, 2; mov.u32 %r2, words; add.u32 %r3, %r2, %r1; st.shared.u32 [%r3], %r0;"
-        "bar.sync 0; ld.shared.u32 %r4, [%r2]; {sync} ld.shared.u32 %r5, [%r3];"
-        "add.u32 %r6, %r5, 7; st.shared.u32 [%r3], %r6; bar.warp.sync -1;"
-        "ld.shared.u32 %r7, [%r2]; st.global.u32 [%d10], %r7;"
-    )
-    shared, out = ".shared .align 4 .b8 words[128];", _aligned(32, "u4")
-    _run(body.format(sync="bar.warp.sync -1;"), out, shared=shared)
-    assert out.tolist() == [7] * 32
-    with pytest.raises(KernelError, match="race"):
-        _run(body.format(sync=""), out, shared=shared)
+        run("mov.b64 %d12, p0; ld.param.u64 %d16, [%d12+16];", out, other)
